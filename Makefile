@@ -1,0 +1,35 @@
+# The same on a fresh machine as on yours: each target makes .venv and installs into it when setup.cfg,
+# pyproject.toml or constraints.txt have changed. Only make and Python 3.10+ (3.11+ advised) must be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/python recipes/nano_think_fusion.py --out runs/nano
+
+# One thread: two OpenMP threads on a busy 2-core machine can be 100 times slower than one.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_house.py
+
+bench: $(INSTALLED)
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+# torch stands alone and pinned: asked for together with the rest, pip may prefer another, gigabytes larger build.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10+ is needed, found " + sys.version.split()[0] + "; run make PYTHON=/path/to/python3.11.")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[1/2] installing torch: 0.2 to 3 GB, depending on the platform"
+	$(BIN)/pip install $$(grep '^torch==' constraints.txt)
+	@echo "[2/2] installing the other libraries: about 0.4 GB, one to five quiet minutes"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,369 @@
+"""What is an A.X K1, in numbers: every field with its source, three presets, validation, exact parameter and FLOP counts."""
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
+
+# YaRN of the released 131,072-token context: factor 4 over 32,768.  [released config]
+K1_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32768,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+}
+
+# light: the paper gives only "20B-A3B". Derived from K1 at 3/8 of its width: hidden 2688 = 7 * 384, so the granularity
+# stays 7 (expert width 768 = 2 * 2688 / 7) and the dense FFN, heads and query latent shrink by the same 3/8. Head sizes, the
+# 512-wide latent, 8 groups, top-8 + 1 shared and the vocabulary stay K1's. 96 experts and 32 layers then give 20.1 B / 3.2 B;
+# K1's own 192 experts would reach 20 B at half that depth with only 2 B active.
+# nano: about 0.9 M parameters. Equal query/key and value head sizes let the CPU's flash kernel run.
+PRESETS: dict[str, dict[str, Any]] = {
+    "k1": {"max_position_embeddings": 131072, "rope_parameters": K1_ROPE},
+    "light": {
+        "hidden_size": 2688,
+        "intermediate_size": 6912,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 24,
+        "q_lora_rank": 576,
+        "n_routed_experts": 96,
+        "max_position_embeddings": 131072,
+        "rope_parameters": K1_ROPE,
+    },
+    "nano": {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "max_position_embeddings": 1024,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+}
+
+
+class AxK1Config(PreTrainedConfig):
+    """Configuration of an A.X K1 model; the defaults are the released 519B-A33B one, short of its YaRN (see `preset`).
+
+    Sources: "count" = the field is fixed by the released checkpoint's exact 518,983,059,456 parameters; "paper" = arXiv
+    2601.09200; "upstream" = transformers' own `axk1`.
+
+    topk_method: "noaux_tc" (grouped choice by the sum of a group's two best biased scores; has the correction bias),
+        "group_limited_greedy" (grouped choice by a group's best score; no bias) or "greedy" (ungrouped, no bias).
+        None means noaux_tc, which is what transformers runs whatever the file says.
+    n_group, topk_group: None and 1 both mean ungrouped; written as 1, since stock transformers cannot read null.
+    mlp_layer_types: "dense" or "sparse" a layer; derived from `first_k_dense_replace` and `moe_layer_freq` where absent.
+    post_mlp_norm: RMSNorm on the MoE output, the second half of "dual normalization" [paper]; False is for experiments,
+        neither stock transformers nor vLLM can run it.
+    router_aux_loss_coef: weight of the sequence-wise balance loss [DeepSeek-V3, eq. 17-20]; 0.0 switches it off.
+    num_nextn_predict_layers: multi-token-prediction layers in the checkpoint; the release ships none.
+
+    Raises ValueError, one sentence, for values that no checkpoint can have.
+    """
+
+    model_type = "axk1"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_local_experts": "n_routed_experts"}
+    base_model_tp_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.shared_experts.gate_proj": "colwise",
+        "layers.*.mlp.shared_experts.up_proj": "colwise",
+        "layers.*.mlp.shared_experts.down_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+
+    vocab_size: int = 163840  # paper
+    hidden_size: int = 7168  # paper, count
+    intermediate_size: int = 18432  # dense FFN of the first layer; count (the card's 7168 is the hidden size)
+    moe_intermediate_size: int = 2048  # count
+    num_hidden_layers: int = 61  # paper
+    num_attention_heads: int = 64  # upstream, count
+    num_key_value_heads: int | None = 64  # MLA has no key/value groups; kept for libraries that ask
+    n_shared_experts: int = 1  # count ("8 shared" in summaries would give 537 B)
+    n_routed_experts: int = 192  # paper
+    num_experts_per_tok: int = 8  # paper
+    n_group: int | None = 8  # upstream, not verified for the release
+    topk_group: int | None = 4  # upstream, not verified for the release
+    topk_method: str | None = None
+    scoring_func: str = "sigmoid"  # paper
+    norm_topk_prob: bool | None = True  # upstream
+    routed_scaling_factor: float = 2.5  # upstream
+    kv_lora_rank: int = 512  # count
+    q_lora_rank: int = 1536  # count
+    qk_nope_head_dim: int = 128  # count
+    qk_rope_head_dim: int = 64  # count
+    v_head_dim: int = 128  # count
+    first_k_dense_replace: int | None = None
+    moe_layer_freq: int | list[int] | None = None
+    mlp_layer_types: list[str] | None = None
+    post_mlp_norm: bool = True  # paper, "dual normalization"
+    num_nextn_predict_layers: int | None = 0
+    router_aux_loss_coef: float = 0.0
+    output_router_logits: bool = False
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    rope_parameters: RopeParameters | dict | None = None
+    rope_interleave: bool | None = True
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    attention_bias: bool = False
+    attention_dropout: float | int | None = 0.0
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pretraining_tp: int | None = 1
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 163691
+    eos_token_id: int | list[int] | None = 163691
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "AxK1Config":
+        """The named size ("k1" 519B-A33B, "light" 20B-A3B, "nano" for a laptop CPU), with any field overridden."""
+        if name not in PRESETS:
+            raise ValueError(f"preset={name!r} does not exist; use one of {', '.join(PRESETS)}.")
+        return cls(**{**copy.deepcopy(PRESETS[name]), **overrides})
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # Copies of the release on the Hub say "AXK1".
+        if config_dict.get("model_type") == "AXK1":
+            config_dict["model_type"] = cls.model_type
+        return config_dict, kwargs
+
+    def __post_init__(self, **kwargs):
+        # Derived below; a stale value from a file would bend the RoPE.
+        kwargs.pop("head_dim", None)
+        kwargs.pop("qk_head_dim", None)
+        self.topk_method = self.topk_method or "noaux_tc"
+        if self.topk_method == "greedy":
+            # Ungrouped by definition; written 1/1 so that libraries which always group agree.
+            self.n_group = self.topk_group = 1
+        self.n_group = self.n_group or 1
+        self.topk_group = self.topk_group or 1
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.num_nextn_predict_layers = self.num_nextn_predict_layers or 0
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.head_dim = self.qk_rope_head_dim  # what transformers' RoPE functions read
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = layer_types_of(
+                self.num_hidden_layers, self.first_k_dense_replace, self.moe_layer_freq
+            )
+        check(self)
+        self.first_k_dense_replace, self.moe_layer_freq = dense_rule_of(self.mlp_layer_types)
+        super().__post_init__(**kwargs)
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether routers hold `e_score_correction_bias`: vLLM creates it if and only if the method is noaux_tc."""
+        return self.topk_method == "noaux_tc"
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        if output.get("architectures"):
+            # The name under which transformers and vLLM look the classes up.
+            output["architectures"] = [name.replace("AxK1", "AXK1", 1) for name in output["architectures"]]
+        if self._auto_class is None:
+            # Leftover of a repository with remote code: a reload with trust_remote_code would look for its files here.
+            output.pop("auto_map", None)
+        return output
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        for warning in compatibility_warnings(self):
+            logger.warning(warning)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+class HubAxK1Config(AxK1Config):
+    """Reads `model_type: "AXK1"`, as copies of the release say it, and gives an `AxK1Config`: files are written as axk1."""
+
+    model_type = "AXK1"
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return AxK1Config.from_dict({**config_dict, "model_type": AxK1Config.model_type}, **kwargs)
+
+
+def layer_types_of(layers: int, first_dense: int | None, freq: int | list[int] | None) -> list[str]:
+    """Layer i is sparse from `first_dense` (default 1) on if i % freq == 0, or where the list `freq` holds a 1."""
+    if isinstance(freq, list):
+        return ["sparse" if flag else "dense" for flag in freq]
+    first_dense, freq = 1 if first_dense is None else first_dense, freq or 1
+    return ["sparse" if i >= first_dense and i % freq == 0 else "dense" for i in range(layers)]
+
+
+def dense_rule_of(types: list[str]) -> tuple[int, int | list[int]]:
+    """The (`first_k_dense_replace`, `moe_layer_freq`) that gives `types`; the frequency is a 0/1 list if no number does."""
+    first = next((i for i, kind in enumerate(types) if kind == "sparse"), len(types))
+    for freq in range(1, len(types) + 1):
+        if layer_types_of(len(types), first, freq) == types:
+            return first, freq
+    return first, [int(kind == "sparse") for kind in types]
+
+
+def check(config: AxK1Config) -> None:
+    """Raise ValueError for values that no model can have: fact, value, remedy."""
+    experts, top_k = config.n_routed_experts, config.num_experts_per_tok
+    groups, top_groups = config.n_group, config.topk_group
+    if config.topk_method not in TOPK_METHODS:
+        raise ValueError(f"topk_method={config.topk_method!r} is unknown; use one of {', '.join(TOPK_METHODS)}.")
+    if config.scoring_func != "sigmoid":
+        raise ValueError(f"scoring_func={config.scoring_func!r} is not A.X K1's router; use 'sigmoid'.")
+    if experts % groups:
+        raise ValueError(
+            f"n_routed_experts={experts} does not split into n_group={groups}; use a divisor of {experts}."
+        )
+    if not 1 <= top_groups <= groups:
+        raise ValueError(f"topk_group={top_groups} is outside 1..n_group={groups}; choose one inside.")
+    if groups > 1 and config.topk_method == "noaux_tc" and experts // groups < 2:
+        raise ValueError(
+            f"noaux_tc scores a group by its two best experts but n_routed_experts={experts} in n_group={groups} groups "
+            "leaves one a group; use fewer groups."
+        )
+    allowed = experts // groups * top_groups
+    if not 1 <= top_k <= allowed:
+        raise ValueError(
+            f"num_experts_per_tok={top_k} is outside 1..{allowed}, the experts in topk_group={top_groups} of "
+            f"n_group={groups} groups; lower it or allow more groups."
+        )
+    if config.qk_rope_head_dim % 2:
+        raise ValueError(f"qk_rope_head_dim={config.qk_rope_head_dim} is odd but RoPE rotates pairs; use an even size.")
+    if len(config.mlp_layer_types) != config.num_hidden_layers:
+        raise ValueError(
+            f"mlp_layer_types (or the list moe_layer_freq) names {len(config.mlp_layer_types)} layers but "
+            f"num_hidden_layers={config.num_hidden_layers}; make them equal."
+        )
+    unknown = sorted(set(config.mlp_layer_types) - {"dense", "sparse"})
+    if unknown:
+        raise ValueError(f"mlp_layer_types holds {unknown}; use 'dense' and 'sparse' only.")
+
+
+def compatibility_warnings(config: AxK1Config) -> list[str]:
+    """What stock transformers or vLLM would run differently from us, one sentence each."""
+    warnings = []
+    if not config.post_mlp_norm:
+        warnings.append("post_mlp_norm=False: stock transformers and vLLM cannot run this model, they need the norm.")
+    if config.topk_method == "group_limited_greedy" and config.n_group > 1:
+        warnings.append(
+            f"topk_method='group_limited_greedy' with n_group={config.n_group}: stock transformers scores a group by the "
+            "sum of its two best experts, we and vLLM by the best one, so stock routes differently; use 'noaux_tc' if it matters."
+        )
+    if isinstance(config.moe_layer_freq, list):
+        warnings.append(
+            f"mlp_layer_types={config.mlp_layer_types} follows no first_k_dense_replace/moe_layer_freq rule: vLLM cannot run it."
+        )
+    return warnings
+
+
+def count_parameters(config: AxK1Config) -> dict[str, int]:
+    """Exact parameter counts by part, with `total` and `active`; router biases are buffers and not counted.
+
+    `active` is `total` minus the routed experts that a token does not visit (embedding and head counted whole).
+    """
+    hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    sparse = config.mlp_layer_types.count("sparse")
+    latent_rope = config.kv_lora_rank + config.qk_rope_head_dim
+    attention = (
+        hidden * config.q_lora_rank
+        + config.q_lora_rank * heads * config.qk_head_dim
+        + hidden * latent_rope
+        + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+        + heads * config.v_head_dim * hidden
+    )
+    if config.attention_bias:
+        attention += config.q_lora_rank + latent_rope + hidden
+    layer_norms = (2 + config.post_mlp_norm) * hidden + config.q_lora_rank + config.kv_lora_rank
+    expert = 3 * hidden * config.moe_intermediate_size
+    parts = {
+        "embedding": config.vocab_size * hidden,
+        "lm_head": 0 if config.tie_word_embeddings else config.vocab_size * hidden,
+        "attention": layers * attention,
+        "norms": layers * layer_norms + hidden,
+        "dense_mlp": (layers - sparse) * 3 * hidden * config.intermediate_size,
+        "router": sparse * config.n_routed_experts * hidden,
+        "shared_experts": sparse * config.n_shared_experts * expert,
+        "routed_experts": sparse * config.n_routed_experts * expert,
+    }
+    total = sum(parts.values())
+    unvisited = sparse * (config.n_routed_experts - config.num_experts_per_tok) * expert
+    return {**parts, "total": total, "active": total - unvisited}
+
+
+def count_flops(
+    config: AxK1Config,
+    *,
+    batch: int = 1,
+    queries: int,
+    keys: int | None = None,
+    absorbed: bool = False,
+    logits: int | None = None,
+    backward: bool = False,
+) -> dict[str, int]:
+    """Exact matmul FLOPs (2 a multiply-add) of one forward pass by part, with `total`; backward doubles on top.
+
+    queries: new tokens a row; keys: tokens attended a row, cached ones included (default: queries). The attention core is
+    counted whole, masked half included, as it is computed without a causal kernel. absorbed: the decode form of MLA.
+    logits: positions a row that reach the head (default: all).
+    """
+    keys = queries if keys is None else keys
+    logits = queries if logits is None else logits
+    hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    nope, rope, value, latent = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank
+    tokens, pairs = batch * queries, batch * queries * keys
+    sparse = config.mlp_layer_types.count("sparse")
+    projections = hidden * (config.q_lora_rank + latent + rope)
+    projections += config.q_lora_rank * heads * config.qk_head_dim + heads * value * hidden
+    # Absorbed, kv_b_proj meets the queries and the outputs; expanded, every cached latent.
+    expansion = (tokens if absorbed else batch * keys) * latent * heads * (nope + value)
+    core = pairs * heads * ((2 * latent + rope) if absorbed else (nope + rope + value))
+    expert = 3 * hidden * config.moe_intermediate_size
+    parts = {
+        "attention_projections": 2 * layers * tokens * projections,
+        "latent_expansion": 2 * layers * expansion,
+        "attention_core": 2 * layers * core,
+        "dense_mlp": 2 * (layers - sparse) * tokens * 3 * hidden * config.intermediate_size,
+        "router": 2 * sparse * tokens * hidden * config.n_routed_experts,
+        "shared_experts": 2 * sparse * tokens * config.n_shared_experts * expert,
+        "routed_experts": 2 * sparse * tokens * config.num_experts_per_tok * expert,
+        "lm_head": 2 * batch * logits * hidden * config.vocab_size,
+    }
+    if backward:
+        parts = {name: 3 * flops for name, flops in parts.items()}
+    return {**parts, "total": sum(parts.values())}

@@ -1,0 +1,761 @@
+"""How does A.X K1 compute?  The mathematics top to bottom: norm, RoPE, latent attention, router, experts, layer, model, heads.
+
+Parameter names in memory and on disk are those of transformers' own `axk1`, so one checkpoint serves both, and vLLM.
+
+Axes: B batch, Q new tokens, S attended tokens (cached ones included), N heads, D head size, L latent (kv_lora_rank),
+T = B * Q tokens, K experts a token, E routed experts, G groups, H hidden.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache_axk1 import grow_in_place
+from .configuration_axk1 import AxK1Config
+from .generation_axk1 import ThinkingGenerationMixin
+from .moe_dispatch import axk1_experts_forward
+
+# Registered here and not in __init__.py, which a Hub folder with remote code never runs.
+ALL_EXPERTS_FUNCTIONS.register("axk1", axk1_experts_forward)
+# Separate experts on disk, fused in memory, by the very mapping of stock transformers: registered once more, because
+# transformers withholds it from classes that live outside its own package.
+register_checkpoint_conversion_mapping("axk1", get_checkpoint_conversion_mapping("axk1"), overwrite=True)
+
+
+class AxK1RMSNorm(nn.Module):
+    """x / rms(x) * weight; the statistic in fp32, the product in x's dtype.  [Zhang & Sennrich 2019]"""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.to(torch.float32)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+
+class AxK1UnusedNorm(AxK1RMSNorm):
+    """The dense layer's MoE output norm: in every released checkpoint and in no computation.
+
+    Kept so that a saved model still loads in vLLM; never with a gradient, which DDP would wait for in vain.
+    """
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Also on the path of `from_pretrained`, which makes new parameters.
+        super().register_parameter(name, param.requires_grad_(False))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        raise RuntimeError("The dense layer's post_mlp_layernorm is stored but never applied.")
+
+
+class AxK1RotaryEmbedding(nn.Module):
+    """cos and sin [B, Q, rope size] of every RoPE type that transformers knows, YaRN's magnitude included."""
+
+    def __init__(self, config: AxK1Config):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        # These names are what transformers' weight initialisation and dynamic RoPE look for.
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: AxK1Config, **kwargs) -> tuple[Tensor, float]:
+        size = config.qk_rope_head_dim
+        exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+def rotate(x_BNQD: Tensor, cos_BQD: Tensor, sin_BQD: Tensor, interleaved: bool) -> Tensor:
+    """Apply RoPE. Interleaved pairs (x0, x1), (x2, x3) come out as halves, for queries and keys alike."""
+    half = x_BNQD.shape[-1] // 2
+    cos, sin = cos_BQD[..., :half].unsqueeze(1), sin_BQD[..., :half].unsqueeze(1)
+    if interleaved:
+        x1, x2 = x_BNQD[..., 0::2], x_BNQD[..., 1::2]
+    else:
+        x1, x2 = x_BNQD.split(half, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def yarn_softmax_scale(rope_parameters: dict) -> float:
+    """The factor on the softmax scale; 1 unless `mscale_all_dim` is set (K1 leaves it 0).  [YaRN, DeepSeek-V3]"""
+    mscale, factor = rope_parameters.get("mscale_all_dim", 0), rope_parameters.get("factor", 1.0)
+    if rope_parameters["rope_type"] == "default" or not mscale or factor <= 1:
+        return 1.0
+    return (0.1 * mscale * math.log(factor) + 1.0) ** 2
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T * scaling + mask) v; returns [B, Q, N, D] and the weights [B, N, Q, S]."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module computes x @ weight.T with the weight as it stands: no adapter, quantisation, shard, hook, offload."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, Tensor)
+        and module.bias is None
+        and "forward" not in module.__dict__  # accelerate's hooks replace it on the instance
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+class AxK1Attention(nn.Module):
+    """Multi-head latent attention with a query latent: two forms of one function.  [paper; DeepSeek-V2, section 2.1]
+
+    Cached a token: the normalised latent [L] and the rotated key [rope size] that all heads share. The *expanded* form runs
+    every latent through `kv_b_proj` and attends as usual: right for many queries. The *absorbed* form multiplies
+    `kv_b_proj` into the queries and the outputs and attends over the latents themselves: right for few.
+    """
+
+    recompute = False  # see AxK1PreTrainedModel.recompute_selectively
+
+    def __init__(self, config: AxK1Config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.attention_dropout = config.attention_dropout
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.num_key_value_groups = 1  # read by transformers' attention functions
+        self.is_causal = True
+        self.scaling = config.qk_head_dim**-0.5 * yarn_softmax_scale(config.rope_parameters)
+        hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+        self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=config.attention_bias)
+        self.q_a_layernorm = AxK1RMSNorm(config.q_lora_rank)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, latent + self.rope, bias=config.attention_bias)
+        self.kv_a_layernorm = AxK1RMSNorm(latent)
+        self.kv_b_proj = nn.Linear(latent, heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(heads * self.value, hidden, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        B, Q, _ = hidden_states.shape
+        q_latent = self.q_a_layernorm(self.q_a_proj(hidden_states))
+        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.config.kv_lora_rank, self.rope], dim=-1)
+        # One "head" each, so that every kind of cache layer can hold them.
+        latent_B1SL = self.kv_a_layernorm(latent).view(B, 1, Q, -1)
+        k_rope_B1SD = rotate(k_rope.view(B, 1, Q, -1), *position_embeddings, self.config.rope_interleave)
+        if past_key_values is not None:
+            latent_B1SL, k_rope_B1SD = past_key_values.update(latent_B1SL, k_rope_B1SD, self.layer_idx)
+
+        if past_key_values is not None and self.absorbs(Q, latent_B1SL.shape[2], attention_mask):
+            attend = self.attend_absorbed
+        elif self.recompute and self.training:
+            attend = partial(checkpoint, self.attend_expanded, use_reentrant=False, context_fn=keep_attention_core)
+        else:
+            attend = self.attend_expanded
+        output, weights = attend(q_latent, latent_B1SL, k_rope_B1SD, position_embeddings, attention_mask, **kwargs)
+        return self.o_proj(output.reshape(B, Q, -1)), weights
+
+    def queries(self, q_latent: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The unrotated [B, N, Q, nope] and the rotated [B, N, Q, rope] part of the queries."""
+        B, Q, _ = q_latent.shape
+        q = self.q_b_proj(q_latent).view(B, Q, -1, self.nope + self.rope).transpose(1, 2)
+        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
+        return q_nope, rotate(q_rope, *position_embeddings, self.config.rope_interleave)
+
+    def attend_expanded(self, q_latent, latent_B1SL, k_rope_B1SD, position_embeddings, attention_mask, **kwargs):
+        """Keys and values for every head from every latent, then any attention function of transformers."""
+        B, _, S, _ = latent_B1SL.shape
+        query = torch.cat(self.queries(q_latent, position_embeddings), dim=-1)
+        expanded = self.kv_b_proj(latent_B1SL).view(B, S, -1, self.nope + self.value).transpose(1, 2)
+        k_nope, value = expanded.split([self.nope, self.value], dim=-1)
+        key = torch.cat((k_nope, k_rope_B1SD.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    def absorbs(self, queries: int, keys: int, attention_mask) -> bool:
+        """Whether the absorbed form gives the same result here, and cheaper: multiply-adds a head counted for both forms."""
+        if not is_plain_linear(self.kv_b_proj) or (self.training and self.attention_dropout):
+            return False
+        if attention_mask is None:
+            # Several queries without a mask lean on the attention function's own idea of causality.
+            if queries > 1:
+                return False
+        elif not isinstance(attention_mask, Tensor) or (attention_mask.dim() == 2 and queries > 1):
+            return False
+        latent, pairs = self.config.kv_lora_rank, queries * keys
+        absorbed = queries * latent * (self.nope + self.value) + pairs * (2 * latent + self.rope)
+        expanded = keys * latent * (self.nope + self.value) + pairs * (self.nope + self.rope + self.value)
+        return absorbed < expanded
+
+    def attend_absorbed(self, q_latent, latent_B1SL, k_rope_B1SD, position_embeddings, attention_mask, **kwargs):
+        """Attention over the latents: k_nope = W_k c gives q . k_nope = (W_k^T q) . c, and the values W_v c come out last."""
+        q_nope, q_rope = self.queries(q_latent, position_embeddings)
+        B, N, Q, _ = q_nope.shape
+        latent_BSL, k_rope_BSD = latent_B1SL[:, 0], k_rope_B1SD[:, 0]
+        up_NDL = self.kv_b_proj.weight.view(N, self.nope + self.value, -1)
+        w_key, w_value = up_NDL.split([self.nope, self.value], dim=1)
+        q_absorbed = (q_nope @ w_key).reshape(B, N * Q, -1)
+        scores = q_absorbed @ latent_BSL.mT
+        scores = torch.baddbmm(
+            scores, q_rope.reshape(B, N * Q, -1), k_rope_BSD.mT, beta=self.scaling, alpha=self.scaling
+        )
+        weights = masked_softmax(scores.view(B, N, Q, -1), attention_mask)
+        context = (weights.view(B, N * Q, -1) @ latent_BSL).view(B, N, Q, -1)
+        output = (context @ w_value.mT).transpose(1, 2)
+        # Like the expanded form: only eager attention has weights to show.
+        return output, weights if self.config._attn_implementation == "eager" else None
+
+
+def masked_softmax(scores_BNQS: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax in fp32 under a mask of any attention function: additive or boolean [B, 1, Q, S], or padding [B, S]."""
+    if mask is not None:
+        mask = mask[:, None, None, -scores_BNQS.shape[-1] :].bool() if mask.dim() == 2 else mask
+        if mask.dtype == torch.bool:
+            # The lowest number and not -inf: a padding row that attends to nothing must not become NaN.
+            scores_BNQS = scores_BNQS.masked_fill(~mask, torch.finfo(scores_BNQS.dtype).min)
+        else:
+            scores_BNQS = scores_BNQS + mask
+    return scores_BNQS.softmax(dim=-1, dtype=torch.float32).to(scores_BNQS.dtype)
+
+
+class AxK1MLP(nn.Module):
+    """SwiGLU: the dense FFN of the first layer and the shared expert."""
+
+    recompute = False
+
+    def __init__(self, config: AxK1Config, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def choose_experts(
+    scores_TE: Tensor, bias_E: Tensor | None, *, method: str, groups: int, top_groups: int, top_k: int
+) -> Tensor:
+    """Ids of the `top_k` experts of each token, [T, K] int64, in no order.  [paper, routing; DeepSeek-V3, section 2.1.2]
+
+    scores_TE fp32 in (0, 1); bias_E fp32 steers the choice, never the weight. A group's score is the sum of its two best
+    biased scores (noaux_tc) or its best score (group_limited_greedy); only the `top_groups` best groups stay eligible.
+    """
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if groups > 1:
+        choice_TGE = choice_TE.view(-1, groups, choice_TE.shape[-1] // groups)
+        if method == "noaux_tc":
+            group_TG = choice_TGE.topk(2, dim=-1).values.sum(dim=-1)
+        else:
+            group_TG = choice_TGE.amax(dim=-1)
+        best = group_TG.topk(top_groups, dim=-1, sorted=False).indices
+        barred_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter(1, best, False)
+        choice_TE = choice_TGE.masked_fill(barred_TG[..., None], float("-inf")).flatten(1)
+    return choice_TE.topk(top_k, dim=-1, sorted=False).indices
+
+
+class AxK1TopkRouter(nn.Module):
+    """Sigmoid router in fp32 with auxiliary-loss-free balancing.
+
+    `expert_load` [E] int64 counts the last training pass's tokens an expert: E numbers for a callback to read.
+    """
+
+    def __init__(self, config: AxK1Config):
+        super().__init__()
+        self.config = config
+        experts = config.n_routed_experts
+        self.weight = nn.Parameter(torch.zeros(experts, config.hidden_size))
+        bias = torch.zeros(experts, dtype=torch.float32) if config.has_router_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
+        self.register_buffer("expert_load", torch.zeros(experts, dtype=torch.int64), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """Moves with the model but stays fp32: in bf16, steps of the balancing would vanish."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns logits [T, E] fp32, routing weights [T, K] fp32 and expert ids [T, K] int64."""
+        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits_TE = F.linear(hidden_TH.to(torch.float32), self.weight.to(torch.float32))
+        scores_TE = logits_TE.sigmoid()
+        expert_TK = self.choose(scores_TE.detach())
+        weight_TK = scores_TE.gather(1, expert_TK)
+        if self.config.norm_topk_prob:
+            weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        if self.training:
+            # Overwritten, not added to: a recomputation under gradient checkpointing leaves it right.
+            ones = torch.ones_like(expert_TK).flatten()
+            self.expert_load.zero_().scatter_add_(0, expert_TK.flatten(), ones)
+        return logits_TE, weight_TK * self.config.routed_scaling_factor, expert_TK
+
+    def choose(self, scores_TE: Tensor) -> Tensor:
+        return choose_experts(
+            scores_TE,
+            self.e_score_correction_bias,
+            method=self.config.topk_method,
+            groups=self.config.n_group,
+            top_groups=self.config.topk_group,
+            top_k=self.config.num_experts_per_tok,
+        )
+
+
+@use_experts_implementation
+class AxK1Experts(nn.Module):
+    """All routed experts of a layer, fused: gate_up_proj [E, 2I, H] (gate rows first), down_proj [E, H, I]."""
+
+    def __init__(self, config: AxK1Config):
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim, self.intermediate_dim = config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.register_load_state_dict_pre_hook(fuse_separate_experts)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The "eager" implementation; "axk1" (moe_dispatch.py) is the default one."""
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:  # expert parallelism marks other ranks' experts so
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            rows = F.linear(self.act_fn(gate) * up, self.down_proj[expert]) * top_k_weights[token, slot, None]
+            output.index_add_(0, token, rows.to(output.dtype))
+        return output
+
+
+def fuse_separate_experts(
+    experts: AxK1Experts, state_dict, prefix, metadata, strict, missing, unexpected, errors
+) -> None:
+    """Let a bare `load_state_dict` read the on-disk layout, `experts.E.{gate,up,down}_proj.weight`, into the fused one.
+
+    That is how Trainer resumes. A shard may hold some of a layer's experts: the others keep their present values.
+    """
+    size = experts.intermediate_dim
+    places = {
+        "gate_proj": (experts.gate_up_proj, slice(0, size)),
+        "up_proj": (experts.gate_up_proj, slice(size, None)),
+        "down_proj": (experts.down_proj, slice(None)),
+    }
+    names = {f"{prefix}{e}.{p}.weight": (e, p) for e in range(experts.num_experts) for p in places}
+    found = names.keys() & state_dict.keys()
+    if not found:
+        return
+    fused = {
+        parameter: torch.empty_like(parameter, device="cpu") if parameter.is_meta else parameter.detach().clone()
+        for parameter in (experts.gate_up_proj, experts.down_proj)
+    }
+    for name in found:
+        (expert, projection), tensor = names[name], state_dict.pop(name)
+        parameter, rows = places[projection]
+        target = fused[parameter][expert, rows]
+        if target.shape != tensor.shape:
+            errors.append(f"size mismatch for {name}: {tuple(tensor.shape)} in the file, {tuple(target.shape)} here.")
+            continue
+        target.copy_(tensor)
+    if strict or experts.gate_up_proj.is_meta:
+        missing.extend(sorted(names.keys() - found))
+    state_dict[prefix + "gate_up_proj"] = fused[experts.gate_up_proj]
+    state_dict[prefix + "down_proj"] = fused[experts.down_proj]
+
+
+class AxK1MoE(nn.Module):
+    """Routed experts + shared expert, then the second norm of "dual normalization".  [paper]"""
+
+    recompute = False
+
+    def __init__(self, config: AxK1Config):
+        super().__init__()
+        self.experts = AxK1Experts(config)
+        self.gate = AxK1TopkRouter(config)
+        self.shared_experts = AxK1MLP(config, config.moe_intermediate_size * config.n_shared_experts)
+        if config.post_mlp_norm:
+            self.post_mlp_layernorm = AxK1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        else:
+            self.post_mlp_layernorm = nn.Identity()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        _, weight_TK, expert_TK = self.gate(hidden_states)
+        flat_TH = hidden_states.view(-1, hidden_states.shape[-1])
+        routed = self.experts(flat_TH, expert_TK, weight_TK).view_as(hidden_states)
+        return self.post_mlp_layernorm(routed + self.shared_experts(hidden_states))
+
+
+class AxK1DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: AxK1Config, layer_idx: int):
+        super().__init__()
+        self.self_attn = AxK1Attention(config, layer_idx)
+        if config.mlp_layer_types[layer_idx] == "sparse":
+            self.mlp = AxK1MoE(config)
+        else:
+            self.mlp = AxK1MLP(config, config.intermediate_size)
+            if config.post_mlp_norm:
+                self.mlp.post_mlp_layernorm = AxK1UnusedNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = AxK1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = AxK1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_load_state_dict_pre_hook(move_post_mlp_norm)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        attention, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attention
+        mlp_input = self.post_attention_layernorm(hidden_states)
+        if self.mlp.recompute and self.training:
+            return hidden_states + checkpoint(self.mlp, mlp_input, use_reentrant=False, context_fn=keep_routing)
+        return hidden_states + self.mlp(mlp_input)
+
+
+def move_post_mlp_norm(layer, state_dict, prefix, *_) -> None:
+    """On disk the MoE output norm stands beside the mlp, in memory inside it (as stock transformers has it)."""
+    on_disk = f"{prefix}post_mlp_layernorm.weight"
+    if on_disk in state_dict:
+        state_dict[f"{prefix}mlp.post_mlp_layernorm.weight"] = state_dict.pop(on_disk)
+
+
+def keep_outputs_of(operators: list) -> tuple:
+    """Checkpoint contexts that keep the results of these operators and recompute everything else."""
+
+    def policy(ctx, operator, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if operator in operators else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def keep_routing() -> tuple:
+    """For recomputing an MoE: the first pass's experts, so that a rounding difference cannot send a token elsewhere."""
+    return keep_outputs_of([torch.ops.aten.topk.default])
+
+
+def keep_attention_core() -> tuple:
+    """For recomputing the MLA up-projections: the attention core's result, which is small and dear."""
+    aten = torch.ops.aten
+    return keep_outputs_of(
+        [
+            aten._scaled_dot_product_flash_attention_for_cpu.default,
+            aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_efficient_attention.default,
+            aten._scaled_dot_product_cudnn_attention.default,
+        ]
+    )
+
+
+def damaged_file(folder: str | os.PathLike) -> str:
+    """The first safetensors file in `folder` that does not open, or `folder` where none is found."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                continue
+        except SafetensorError:
+            return str(path)
+    return str(folder)
+
+
+class AxK1PreTrainedModel(PreTrainedModel):
+    config_class = AxK1Config
+    config: AxK1Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["AxK1DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": AxK1DecoderLayer,
+        "attentions": AxK1Attention,
+        "router_logits": OutputRecorder(AxK1TopkRouter, index=0),
+    }
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    # The release routes without a correction bias.
+    _keys_to_ignore_on_load_missing = ["e_score_correction_bias"]
+    _keys_to_ignore_on_load_unexpected = ["inv_freq"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As transformers', but a damaged file is named, and a missing weight is an error (a classifier head may be new)."""
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"{damaged_file(pretrained_model_name_or_path)} is damaged ({error}); copy or download it again."
+            ) from error
+        missing = sorted(name for name in info["missing_keys"] if not name.startswith("score."))
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights that its configuration asks for, "
+                f"{missing[0]} the first; use the config.json that belongs to these weights."
+            )
+        return (model, info) if output_loading_info else model
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation("axk1" if requested_experts is None else requested_experts)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        """Whole-layer checkpointing recomputes everything but the routing decision."""
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant") is False and "context_fn" not in options:
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, context_fn=keep_routing)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    def recompute_selectively(self, enable: bool = True) -> None:
+        """Recompute in backward only the MLA up-projections and the MLPs, as the paper trained.  [paper, pre-training]
+
+        Cheaper than whole-layer `gradient_checkpointing_enable`: the attention core and the down-projections run once.
+        """
+        for module in self.modules():
+            if isinstance(module, AxK1Attention | AxK1MLP | AxK1MoE):
+                module.recompute = enable
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, AxK1TopkRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.expert_load)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, AxK1Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+
+
+class AxK1Model(AxK1PreTrainedModel):
+    def __init__(self, config: AxK1Config):
+        super().__init__(config)
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([AxK1DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = AxK1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = AxK1RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        # Stock transformers drops the dense layers' unused norms when it saves.
+        dense = [i for i, kind in enumerate(config.mlp_layer_types) if kind == "dense"]
+        self._keys_to_ignore_on_load_missing = [
+            *(self._keys_to_ignore_on_load_missing or []),
+            *(rf"layers\.{i}\.mlp\.post_mlp_layernorm" for i in dense),
+        ]
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """Hidden states [B, Q, H] after the final norm; `router_logits` (one [T, E] a sparse layer) on request."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Both or neither of input_ids and inputs_embeds were given; give exactly one.")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            grow_in_place(past_key_values)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+def sequence_balance_loss(logits_BQE: Tensor, expert_BQK: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Sequence-wise balance loss of one sigmoid router, a scalar fp32: 1 where perfectly balanced.  [DeepSeek-V3, eq. 17-20]
+
+    f_e = share of a sequence's choices that went to e, times E; P_e = mean of its scores normalised to sum 1. The loss is
+    sum_e f_e P_e, averaged over sequences. attention_mask [B, Q], 0 for padding, which counts nowhere.
+    """
+    B, Q, E = logits_BQE.shape
+    scores_BQE = logits_BQE.sigmoid()
+    shares_BQE = scores_BQE / scores_BQE.sum(dim=-1, keepdim=True)
+    chosen_BQE = torch.zeros_like(scores_BQE).scatter_(2, expert_BQK, 1.0 / expert_BQK.shape[-1])
+    if attention_mask is None:
+        attention_mask = torch.ones(B, Q, device=logits_BQE.device)
+    mask_BQ1 = attention_mask[:, :, None].to(scores_BQE.dtype)
+    tokens_B1 = mask_BQ1.sum(dim=1).clamp(min=1)
+    fraction_BE = (chosen_BQE * mask_BQ1).sum(dim=1) / tokens_B1 * E
+    share_BE = (shares_BQE * mask_BQ1).sum(dim=1) / tokens_B1
+    return (fraction_BE * share_BE).sum(dim=-1).mean()
+
+
+class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: AxK1Config):
+        super().__init__(config)
+        self.model = AxK1Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits [B, Q or logits_to_keep, vocab]; with `labels`, the loss, to which `router_aux_loss_coef` adds `aux_loss`."""
+        balance = labels is not None and self.config.router_aux_loss_coef > 0
+        if balance:
+            kwargs["output_router_logits"] = True
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept, :])
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if balance:
+            aux_loss = self.balance_loss(outputs.router_logits, hidden_states.shape[:2], attention_mask)
+            loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def balance_loss(self, router_logits: tuple[Tensor, ...], shape: tuple[int, int], attention_mask) -> Tensor:
+        """Mean over sparse layers of `sequence_balance_loss`."""
+        mask_BQ = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        routers = [module for module in self.modules() if isinstance(module, AxK1TopkRouter)]
+        losses = []
+        for router, logits_TE in zip(routers, router_logits, strict=True):
+            expert_TK = router.choose(logits_TE.detach().sigmoid())
+            losses.append(sequence_balance_loss(logits_TE.view(*shape, -1), expert_TK.view(*shape, -1), mask_BQ))
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+
+class AxK1ForSequenceClassification(GenericForSequenceClassification, AxK1PreTrainedModel):
+    def __init__(self, config: AxK1Config):
+        # Not the parent's: it asks AutoModel for the backbone, which knows nothing of us inside a Hub folder.
+        AxK1PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = AxK1Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()

@@ -1,0 +1,218 @@
+"""How do routed experts run fast?  The "axk1" implementation for transformers' experts seam, by the tensors' device.
+
+On CPU a loop over the hit experts with a backward of its own: token rows are gathered an expert at a time, so they stay in
+cache, and every matmul writes straight into its place in the result. For backward it keeps the layer input and the gate/up
+output only. Autograd through the obvious loop would instead build one full-size zero gradient of the stacked weights for each
+expert.
+
+Axes: T tokens, K experts a token, P = T * K token-expert pairs sorted by expert, E experts, H hidden, I expert width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+def axk1_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Routed experts of `self`, any module of transformers' fused layout: gate_up_proj [E, 2I, H], down_proj [E, H, I].
+
+    hidden_states [T, H]; top_k_index [T, K] int64, ids of E or more (experts of another rank) add nothing; top_k_weights [T, K].
+    Returns [T, H] in the dtype of hidden_states. ValueError for experts with biases, other layouts or other activations.
+    """
+    check_layout(self)
+    if hidden_states.device.type != "cpu":
+        logger.warning_once(
+            f"experts_implementation='axk1' has no kernels for device '{hidden_states.device.type}' yet; "
+            "it runs transformers' 'grouped_mm' there."
+        )
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+    x_TH = hidden_states.to(self.gate_up_proj.dtype)
+    run = cpu_experts_op if torch.compiler.is_compiling() else cpu_experts
+    return run(x_TH, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj).to(hidden_states.dtype)
+
+
+def check_layout(experts: nn.Module) -> None:
+    if experts.is_transposed or experts.has_bias or not experts.has_gate or not experts.is_concatenated:
+        raise ValueError(
+            f"experts_implementation='axk1' runs unbiased [gate; up] experts stored as [E, 2I, H] but {type(experts).__name__} "
+            "differs; use 'grouped_mm' or 'eager'."
+        )
+    if not isinstance(experts.act_fn, nn.SiLU) and type(experts.act_fn).__name__ != "SiLUActivation":
+        raise ValueError(
+            f"experts_implementation='axk1' computes SwiGLU but the activation is {type(experts.act_fn).__name__}; "
+            "use 'grouped_mm' or 'eager'."
+        )
+
+
+def cpu_experts(x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> Tensor:
+    """Outside torch.compile: no operator overhead, and nothing is kept where nothing needs a gradient."""
+    floats = (x_TH, weight_TK, gate_up_E2IH, down_EHI)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in floats):
+        return CpuExperts.apply(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI)
+    return experts_forward(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep=False)[0]
+
+
+class CpuExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI):
+        out_TH, gate_up_P2I = experts_forward(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep=True)
+        ctx.save_for_backward(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, gate_up_P2I)
+        return out_TH
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_TH):
+        need_x, _, need_weight, need_gate_up, need_down = ctx.needs_input_grad
+        grads = experts_backward(grad_TH, *ctx.saved_tensors, need_gate_up=need_gate_up, need_down=need_down)
+        wanted = (need_x, False, need_weight, need_gate_up, need_down)
+        grads = (grads[0], None, *grads[1:])
+        return tuple(grad if want else None for grad, want in zip(grads, wanted))
+
+
+def sort_pairs(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[tuple[int, int, int]]]:
+    """Sort token-expert pairs by expert, stably.
+
+    Returns pair_P (index into the flattened [T, K]), token_P, and the hit experts as (expert, start, end) of their rows.
+    """
+    expert_P = expert_TK.reshape(-1)
+    pair_P = expert_P.argsort(stable=True)
+    ends = expert_P.bincount(minlength=experts)[:experts].cumsum(0).tolist()
+    starts = [0, *ends[:-1]]
+    hits = [(e, s, t) for e, (s, t) in enumerate(zip(starts, ends)) if t > s]
+    return pair_P, pair_P // expert_TK.shape[1], hits
+
+
+def experts_forward(
+    x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the output [T, H] in x's dtype, summed in fp32, and the gate/up output [P, 2I] (no rows unless `keep`)."""
+    (tokens, hidden), width = x_TH.shape, down_EHI.shape[2]
+    pair_P, token_P, hits = sort_pairs(expert_TK, gate_up_E2IH.shape[0])
+    weight_P1 = weight_TK.reshape(-1, 1)[pair_P].to(torch.promote_types(weight_TK.dtype, torch.float32))
+    rows = pair_P.numel() if keep else 0
+    gate_up_P2I = x_TH.new_empty(rows, 2 * width)
+    out_TH = torch.zeros(tokens, hidden, dtype=torch.promote_types(x_TH.dtype, torch.float32))
+    for expert, start, end in hits:
+        token_N = token_P[start:end]
+        x_NH = x_TH.index_select(0, token_N)
+        if keep:
+            gate_up_N2I = torch.mm(x_NH, gate_up_E2IH[expert].t(), out=gate_up_P2I[start:end])
+        else:
+            gate_up_N2I = x_NH @ gate_up_E2IH[expert].t()
+        # Weighting here instead of after the down projection touches I numbers a row instead of H.
+        act_NI = F.silu(gate_up_N2I[:, :width]).mul_(gate_up_N2I[:, width:]).mul_(weight_P1[start:end])
+        out_TH.index_add_(0, token_N, (act_NI @ down_EHI[expert].t()).to(out_TH.dtype))
+    return out_TH.to(x_TH.dtype), gate_up_P2I
+
+
+def experts_backward(
+    grad_TH: Tensor,
+    x_TH: Tensor,
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+    gate_up_P2I: Tensor,
+    need_gate_up: bool,
+    need_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, gate_up and down (the last two empty unless needed: frozen experts under LoRA cost nothing)."""
+    width = down_EHI.shape[2]
+    pair_P, token_P, hits = sort_pairs(expert_TK, gate_up_E2IH.shape[0])
+    weight_P1 = weight_TK.reshape(-1, 1)[pair_P].to(torch.promote_types(weight_TK.dtype, torch.float32))
+    grad_x_TH = torch.zeros(x_TH.shape, dtype=torch.promote_types(x_TH.dtype, torch.float32))
+    grad_weight_P = torch.zeros(pair_P.numel(), dtype=weight_P1.dtype)
+    grad_gate_up = empty_with_zero_rows(gate_up_E2IH, hits) if need_gate_up else gate_up_E2IH.new_empty(0)
+    grad_down = empty_with_zero_rows(down_EHI, hits) if need_down else down_EHI.new_empty(0)
+    for expert, start, end in hits:
+        token_N, weight_N1 = token_P[start:end], weight_P1[start:end]
+        gate_NI, up_NI = gate_up_P2I[start:end].split(width, dim=1)
+        grad_NH = grad_TH.index_select(0, token_N)
+        silu_NI = F.silu(gate_NI)
+        act_NI = silu_NI * up_NI
+        # <grad, down @ act> = <grad @ down, act>: the routing weight's gradient needs no stored expert output.
+        grad_act_NI = grad_NH @ down_EHI[expert]
+        torch.sum(grad_act_NI * act_NI, dim=1, dtype=grad_weight_P.dtype, out=grad_weight_P[start:end])
+        if need_down:
+            torch.mm(grad_NH.t(), act_NI.mul_(weight_N1), out=grad_down[expert])
+        grad_act_NI.mul_(weight_N1)
+        grad_N2I = torch.empty_like(gate_up_P2I[start:end])
+        torch.ops.aten.silu_backward.grad_input(grad_act_NI * up_NI, gate_NI, grad_input=grad_N2I[:, :width])
+        torch.mul(grad_act_NI, silu_NI, out=grad_N2I[:, width:])
+        if need_gate_up:
+            torch.mm(grad_N2I.t(), x_TH.index_select(0, token_N), out=grad_gate_up[expert])
+        grad_x_TH.index_add_(0, token_N, (grad_N2I @ gate_up_E2IH[expert]).to(grad_x_TH.dtype))
+    grad_weight_TK = torch.zeros_like(grad_weight_P).scatter_(0, pair_P, grad_weight_P).view(weight_TK.shape)
+    return grad_x_TH.to(x_TH.dtype), grad_weight_TK.to(weight_TK.dtype), grad_gate_up, grad_down
+
+
+def empty_with_zero_rows(weight: Tensor, hits: list[tuple[int, int, int]]) -> Tensor:
+    """Like `weight`, zero only where no matmul will write."""
+    grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for expert in set(range(weight.shape[0])) - {e for e, _, _ in hits}:
+        grad[expert].zero_()
+    return grad
+
+
+# Under torch.compile(fullgraph=True) the same two functions are opaque operators: their loops depend on the routing.
+@torch.library.custom_op("axk1::cpu_experts", mutates_args=())
+def cpu_experts_kept(
+    x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    return experts_forward(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep)
+
+
+@cpu_experts_kept.register_fake
+def _(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep):
+    rows = expert_TK.numel() if keep else 0
+    return torch.empty_like(x_TH), x_TH.new_empty(rows, gate_up_E2IH.shape[1])
+
+
+@torch.library.custom_op("axk1::cpu_experts_backward", mutates_args=())
+def cpu_experts_backward(
+    grad_TH: Tensor,
+    x_TH: Tensor,
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+    gate_up_P2I: Tensor,
+    need_gate_up: bool,
+    need_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return experts_backward(
+        grad_TH, x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, gate_up_P2I, need_gate_up, need_down
+    )
+
+
+@cpu_experts_backward.register_fake
+def _(grad_TH, x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, gate_up_P2I, need_gate_up, need_down):
+    grad_gate_up = torch.empty_like(gate_up_E2IH) if need_gate_up else gate_up_E2IH.new_empty(0)
+    grad_down = torch.empty_like(down_EHI) if need_down else down_EHI.new_empty(0)
+    return torch.empty_like(x_TH), torch.empty_like(weight_TK), grad_gate_up, grad_down
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], output[1])
+
+
+def _backward(ctx, grad_TH, _):
+    need_x, _, need_weight, need_gate_up, need_down = ctx.needs_input_grad[:5]
+    grad_x, grad_weight, grad_gate_up, grad_down = cpu_experts_backward(
+        grad_TH.contiguous(), *ctx.saved_tensors, need_gate_up, need_down
+    )
+    return grad_x, None, grad_weight, grad_gate_up if need_gate_up else None, grad_down if need_down else None, None
+
+
+cpu_experts_kept.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def cpu_experts_op(
+    x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor
+) -> Tensor:
+    keep = torch.is_grad_enabled()
+    return cpu_experts_kept(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep)[0]

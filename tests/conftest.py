@@ -1,0 +1,16 @@
+"""What every test runs under: one thread, no Hub."""
+
+import os
+
+# Two OpenMP threads on a contended 2-core machine can be 100 times slower; set before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

@@ -1,0 +1,415 @@
+"""Is our model stock transformers' `axk1`, number for number, and right where stock is not?"""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, StaticCache
+
+from modeling_axk1 import AxK1Config, AxK1ForSequenceClassification, count_flops
+from modeling_axk1.modeling_axk1 import AxK1Experts, AxK1TopkRouter, choose_experts, sequence_balance_loss
+from tests.random_models import ours, padded_ids, random_config, stock_twin
+from tests.tolerances import CACHED_STEP, GRADIENT, PREFILL
+
+SEEDS = range(40)
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape and b.abs().max() > 0, "vacuous comparison"
+    assert a.isfinite().all()
+    return (a - b).abs().max().item()
+
+
+def attn(seed: int) -> str:
+    return ["sdpa", "eager"][seed % 2]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@torch.no_grad()
+def test_prefill_equals_stock(seed):
+    model = ours(random_config(seed, attn_implementation=attn(seed)))
+    twin = stock_twin(model)
+    for side in ("left", "right"):
+        input_ids, mask = padded_ids(model.config, side=side)
+        logits, expected = (m(input_ids, attention_mask=mask).logits[mask.bool()] for m in (model, twin))
+        assert largest_difference(logits, expected) <= PREFILL
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gradients_equal_stock(seed):
+    model = ours(random_config(seed, attn_implementation=attn(seed))).train()
+    twin = stock_twin(model).train()
+    input_ids, mask = padded_ids(model.config, side="right")
+    labels = input_ids.masked_fill(mask == 0, -100)
+    for m in (model, twin):
+        m(input_ids, attention_mask=mask, labels=labels).loss.backward()
+    expected = dict(twin.named_parameters())
+    largest = max(p.grad.abs().max() for p in expected.values())
+    for name, parameter in model.named_parameters():
+        if "layers.0.mlp.post_mlp_layernorm" in name and model.config.mlp_layer_types[0] == "dense":
+            assert parameter.grad is None
+            continue
+        scale = expected[name].grad.abs().max()
+        assert scale > 0 or "experts" in name, name
+        # With one expert a token, renormalised to 1, the router's true gradient is 0 and both show only noise.
+        assert (parameter.grad - expected[name].grad).abs().max() <= GRADIENT * scale.clamp(min=1e-4 * largest), name
+
+
+def cached_logits(model, input_ids, mask, pieces, cache):
+    """Logits of `input_ids` fed in pieces through a cache."""
+    logits, start = [], 0
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    for size in pieces:
+        end = start + size
+        output = model(
+            input_ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=position_ids[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits.append(output.logits)
+        start = end
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("seed", SEEDS)
+@torch.no_grad()
+def test_cached_steps_equal_stock(seed, kind):
+    """Left-padded rows of mixed length; a prompt, then single tokens, then three at once as in speculative verification."""
+    model = ours(random_config(seed, attn_implementation=attn(seed)))
+    twin = stock_twin(model)
+    input_ids, mask = padded_ids(model.config, rows=3)
+    pieces = [8, 1, 1, 3]
+    results = []
+    for m in (model, twin):
+        cache = DynamicCache(config=m.config) if kind == "dynamic" else StaticCache(m.config, max_cache_len=16)
+        results.append(cached_logits(m, input_ids, mask, pieces, cache)[mask.bool()])
+    assert largest_difference(*results) <= CACHED_STEP
+    full = model(input_ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits[mask.bool()]
+    assert largest_difference(results[0], full) <= CACHED_STEP
+
+
+@torch.no_grad()
+def test_absorbed_form_is_what_decoding_runs(monkeypatch):
+    model = ours(random_config(1, kv_lora_rank=36, qk_nope_head_dim=10, v_head_dim=6))
+    attention = model.model.layers[0].self_attn
+    calls = []
+    absorbed = attention.attend_absorbed
+    monkeypatch.setattr(attention, "attend_absorbed", lambda *a, **k: calls.append(a[0].shape[1]) or absorbed(*a, **k))
+    input_ids, mask = padded_ids(model.config)
+    cached_logits(model, input_ids, mask, [10, 1, 1, 1], DynamicCache(config=model.config))
+    assert calls == [1, 1, 1], "absorbed for single tokens, expanded for the prompt"
+
+
+def test_absorbed_form_follows_changed_weights():
+    model = ours(random_config(2))
+    input_ids, mask = padded_ids(model.config, rows=1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.kv_b_proj.weight.mul_(1.5)
+        steps = cached_logits(model, input_ids, mask, [10, 1, 1, 1], DynamicCache(config=model.config))
+        assert largest_difference(steps, model(input_ids).logits) <= CACHED_STEP
+
+
+def scale_output(module, args, output):
+    return output * 1.3
+
+
+@pytest.mark.parametrize("change", ["hook", "parametrization", "subclass"])
+@torch.no_grad()
+def test_changed_kv_b_proj_is_never_bypassed(change):
+    """Whatever stands in the projection's place, cached steps give what the full pass gives."""
+    model = ours(random_config(4))
+    before = model(padded_ids(model.config)[0]).logits
+    for layer in model.model.layers:
+        projection = layer.self_attn.kv_b_proj
+        if change == "hook":
+            projection.register_forward_hook(scale_output)
+        elif change == "parametrization":
+            torch.nn.utils.parametrizations.weight_norm(projection)
+            projection.parametrizations.weight.original0.mul_(1.3)
+        else:
+            layer.self_attn.kv_b_proj = ScaledLinear(projection)
+    input_ids, mask = padded_ids(model.config, rows=1)
+    full = model(input_ids).logits
+    assert largest_difference(full, before[:1]) > 0.01, "the change must show"
+    steps = cached_logits(model, input_ids, mask, [10, 1, 1, 1], DynamicCache(config=model.config))
+    assert largest_difference(steps, full) <= CACHED_STEP
+
+
+class ScaledLinear(torch.nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return 1.3 * self.linear(x)
+
+
+@torch.no_grad()
+def test_cached_equals_full_under_lora():
+    from peft import LoraConfig, get_peft_model
+
+    model = ours(random_config(4))
+    before = model(padded_ids(model.config, rows=1)[0]).logits.clone()
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["kv_b_proj", "q_b_proj"])).eval()
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.3)
+    input_ids, mask = padded_ids(model.config, rows=1)
+    full = tuned(input_ids).logits
+    assert largest_difference(full, before) > 0.01, "the adapter must show"
+    steps = cached_logits(tuned, input_ids, mask, [10, 1, 1, 1], DynamicCache(config=model.config))
+    assert largest_difference(steps, full) <= CACHED_STEP
+
+
+@torch.no_grad()
+def test_cached_equals_full_in_four_bit():
+    import bitsandbytes as bnb
+
+    config = random_config(
+        4, hidden_size=64, kv_lora_rank=32, q_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16
+    )
+    model = ours(config)
+    input_ids, mask = padded_ids(config, rows=1)
+    before = model(input_ids).logits
+    for layer in model.model.layers:
+        plain = layer.self_attn.kv_b_proj
+        packed = bnb.nn.Linear4bit(plain.in_features, plain.out_features, bias=False, quant_type="nf4")
+        packed.weight = bnb.nn.Params4bit(plain.weight.data, requires_grad=False, quant_type="nf4")
+        layer.self_attn.kv_b_proj = packed.to("cpu")
+    full = model(input_ids).logits
+    assert largest_difference(full, before) > 1e-3, "quantisation must show"
+    steps = cached_logits(model, input_ids, mask, [10, 1, 1, 1], DynamicCache(config=config))
+    assert largest_difference(steps, full) <= CACHED_STEP
+
+
+@pytest.mark.parametrize("method", ["noaux_tc", "group_limited_greedy", "greedy"])
+def test_choice_of_experts_against_the_obvious_loop(method):
+    groups, top_groups, top_k, experts = 4, 2, 3, 12
+    scores = torch.rand(50, experts)
+    bias = torch.randn(experts) if method == "noaux_tc" else None
+    chosen = choose_experts(
+        scores,
+        bias,
+        method=method,
+        groups=1 if method == "greedy" else groups,
+        top_groups=1 if method == "greedy" else top_groups,
+        top_k=top_k,
+    )
+    for row, ids in zip(scores if bias is None else scores + bias, chosen):
+        eligible = set(range(experts))
+        if method != "greedy":
+            size = experts // groups
+            best = {
+                g: sum(sorted(row[g * size : (g + 1) * size].tolist())[-(2 if method == "noaux_tc" else 1) :])
+                for g in range(groups)
+            }
+            kept = sorted(best, key=best.get)[-top_groups:]
+            eligible = {e for e in eligible if e // size in kept}
+        expected = sorted(eligible, key=lambda e: row[e].item())[-top_k:]
+        assert sorted(ids.tolist()) == sorted(expected)
+
+
+def test_router_bias_steers_the_choice_but_never_the_weight():
+    router = AxK1TopkRouter(random_config(1, n_routed_experts=5, num_experts_per_tok=2, norm_topk_prob=True))
+    router.weight.data.normal_()
+    x = torch.randn(6, router.config.hidden_size)
+    router.e_score_correction_bias[3] = 10.0
+    logits, weights, chosen = router(x)
+    assert (chosen == 3).any(dim=1).all()
+    scores = logits.sigmoid().gather(1, chosen)
+    expected = scores / scores.sum(1, keepdim=True) * router.config.routed_scaling_factor
+    torch.testing.assert_close(weights, expected)
+
+
+def test_router_bias_stays_fp32_when_the_model_does_not():
+    model = ours(random_config(0, first_k_dense_replace=0))
+    bias = model.model.layers[0].mlp.gate.e_score_correction_bias.clone()
+    model.to(torch.bfloat16)
+    gate = model.model.layers[0].mlp.gate
+    assert gate.weight.dtype == torch.bfloat16
+    assert gate.e_score_correction_bias.dtype == torch.float32 and torch.equal(gate.e_score_correction_bias, bias)
+
+
+def test_expert_load_counts_the_last_training_pass():
+    model = ours(random_config(1, first_k_dense_replace=0)).train()
+    input_ids, _ = padded_ids(model.config)
+    for _ in range(2):
+        model(input_ids)
+    for layer in model.model.layers:
+        assert layer.mlp.gate.expert_load.sum() == input_ids.numel() * model.config.num_experts_per_tok
+    assert not any("expert_load" in name for name in model.state_dict())
+
+
+def test_sequence_balance_loss_by_hand():
+    """DeepSeek-V3's equations written out for one sequence, padding left out."""
+    logits, experts = torch.randn(2, 6, 5), torch.randint(0, 5, (2, 6, 2))
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    # Two choices of one expert by one token cannot happen in the model.
+    experts[..., 1] = (experts[..., 0] + 1 + experts[..., 1] % 4) % 5
+    by_hand = []
+    for b in range(2):
+        real = [t for t in range(6) if mask[b, t]]
+        share = torch.stack([logits[b, t].sigmoid() / logits[b, t].sigmoid().sum() for t in real]).mean(0)
+        counts = torch.stack([(experts[b, real] == e).sum() for e in range(5)])
+        by_hand.append((5 / (2 * len(real)) * counts * share).sum())
+    torch.testing.assert_close(sequence_balance_loss(logits, experts, mask), torch.stack(by_hand).mean())
+
+
+def test_balance_loss_joins_the_loss_and_reaches_the_router():
+    plain = ours(random_config(6, router_aux_loss_coef=0.0)).train()
+    balanced = copy.deepcopy(plain)
+    balanced.config.router_aux_loss_coef = 0.5
+    input_ids, mask = padded_ids(plain.config, side="right")
+    a, b = (m(input_ids, attention_mask=mask, labels=input_ids) for m in (plain, balanced))
+    assert a.aux_loss is None and b.aux_loss.item() > 0
+    torch.testing.assert_close(b.loss, a.loss + 0.5 * b.aux_loss)
+    b.aux_loss.backward()
+    gate = balanced.model.layers[-1].mlp.gate
+    assert gate.weight.grad.abs().max() > 0
+
+
+def test_dual_normalization_is_a_switch():
+    config = random_config(2)
+    with_norm, without = ours(config), ours(random_config(2, post_mlp_norm=False))
+    without.load_state_dict({k: v for k, v in with_norm.state_dict().items() if "post_mlp" not in k})
+    assert not any("post_mlp" in name for name in without.state_dict())
+    input_ids, _ = padded_ids(config)
+    with torch.no_grad():
+        assert largest_difference(with_norm(input_ids).logits, without(input_ids).logits) > 0.01
+
+
+@pytest.mark.parametrize("how", ["whole layer", "selective"])
+def test_recomputation_changes_no_gradient(how):
+    model = ours(random_config(2, v_head_dim=18, qk_nope_head_dim=10, qk_rope_head_dim=8)).train()
+    input_ids, _ = padded_ids(model.config)
+    model(input_ids, labels=input_ids).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    if how == "selective":
+        model.recompute_selectively()
+    else:
+        model._set_gradient_checkpointing(True, checkpoint_without_reentry())
+    model(input_ids, labels=input_ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def checkpoint_without_reentry():
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint
+
+    return partial(checkpoint, use_reentrant=False)
+
+
+@pytest.mark.parametrize("how", ["whole layer", "selective"])
+def test_recomputation_keeps_the_routing(how, monkeypatch):
+    """A token must go to the experts of the first pass even if the scores came out otherwise the second time."""
+    model = ours(random_config(2)).train()
+    if how == "selective":
+        model.recompute_selectively()
+    else:
+        model._set_gradient_checkpointing(True, checkpoint_without_reentry())
+    chosen = []
+    choose = AxK1TopkRouter.choose
+
+    def unsteady(self, scores_TE):
+        # The second pass sees reversed scores, by the same operators.
+        expert_TK = choose(self, scores_TE * (1.0 if len(chosen) < sparse else -1.0))
+        chosen.append(expert_TK)
+        return expert_TK
+
+    monkeypatch.setattr(AxK1TopkRouter, "choose", unsteady)
+    sparse = model.config.mlp_layer_types.count("sparse")
+    input_ids, _ = padded_ids(model.config)
+    model(input_ids, labels=input_ids).loss.backward()
+    first, second = chosen[:sparse], chosen[sparse:]
+    assert len(second) == sparse, "every MoE is recomputed once"
+    for a, b in zip(first, reversed(second)):
+        assert torch.equal(a, b)
+
+
+def test_selective_recomputation_keeps_less():
+    config = AxK1Config.preset("nano")
+    sizes = {}
+    for selective in (False, True):
+        model = ours(config).train()
+        model.recompute_selectively(selective)
+        kept = {}
+
+        def pack(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(torch.randint(0, 512, (2, 64)))
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        sizes[selective] = sum(size for pointer, size in kept.items() if pointer not in weights)
+    assert sizes[True] < 0.6 * sizes[False], sizes
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("absorbed", [False, True])
+@torch.no_grad()
+def test_flops_are_exact(seed, absorbed):
+    model = ours(random_config(seed, attn_implementation="eager"))
+    model.set_experts_implementation("eager")
+    for layer in model.model.layers:
+        layer.self_attn.absorbs = lambda *a: absorbed
+    cache = DynamicCache(config=model.config)
+    input_ids, _ = padded_ids(model.config, rows=3)
+    if absorbed:
+        model(input_ids[:, :10], past_key_values=cache)
+        input_ids = input_ids[:, 10:]
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids, past_key_values=cache, logits_to_keep=2)
+    counted = count_flops(model.config, batch=3, queries=input_ids.shape[1], keys=13, absorbed=absorbed, logits=2)
+    assert counted["total"] == counter.get_total_flops()
+
+
+def test_backward_flops_are_exact():
+    model = ours(random_config(3, attn_implementation="eager", tie_word_embeddings=False)).train()
+    model.set_experts_implementation("eager")
+    input_ids, _ = padded_ids(model.config, rows=3)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids, labels=input_ids).loss.backward()
+    assert count_flops(model.config, batch=3, queries=13, backward=True)["total"] == counter.get_total_flops()
+
+
+@torch.no_grad()
+def test_router_logits_attentions_and_hidden_states_on_request():
+    model = ours(random_config(1, attn_implementation="eager"))
+    twin = stock_twin(model)
+    input_ids, _ = padded_ids(model.config)
+    flags = dict(output_router_logits=True, output_attentions=True, output_hidden_states=True)
+    out, expected = model(input_ids, **flags), twin(input_ids, **flags)
+    for name in ("router_logits", "attentions", "hidden_states"):
+        assert len(out[name]) == len(expected[name]) > 0
+        for a, b in zip(out[name], expected[name]):
+            assert largest_difference(a, b) <= PREFILL
+
+
+@torch.no_grad()
+def test_sequence_classification_reads_the_last_real_token():
+    model = AxK1ForSequenceClassification(random_config(1, pad_token_id=0, num_labels=3)).eval()
+    input_ids = torch.randint(1, 67, (2, 7))
+    padded = torch.cat((input_ids, torch.zeros(2, 4, dtype=torch.long)), dim=1)
+    mask = (padded != 0).long()
+    a, b = model(input_ids).logits, model(padded, attention_mask=mask).logits
+    assert a.shape == (2, 3) and largest_difference(a, b) <= PREFILL
+
+
+def test_experts_reject_nothing_silently_in_eager():
+    experts = AxK1Experts(random_config(1))
+    for parameter in experts.parameters():
+        parameter.data.normal_(std=0.2)
+    experts.config._experts_implementation = "eager"
+    x = torch.randn(4, experts.hidden_dim)
+    only_foreign = torch.full((4, 1), experts.num_experts)
+    assert experts(x, only_foreign, torch.ones(4, 1)).abs().max() == 0
