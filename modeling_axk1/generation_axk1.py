@@ -102,8 +102,8 @@ def _after_last(row: list[int], pattern: list[int]) -> int | None:
     return None
 
 
-def _contradiction(index: int, tokens: int) -> None:
-    raise ValueError(
+def _begun(index: int, tokens: int) -> ValueError:
+    return ValueError(
         f"the assistant turn of row {index} has begun ({tokens} tokens), so its mode is decided; "
         "pass enable_thinking=None to continue it, or end the prompt at the assistant header."
     )
@@ -116,7 +116,7 @@ def _bare_without_header(row: list[int], index: int, tags: tuple[int, int]) -> b
     ends_in_tag = row[-1] in tags
     before = found[:-1] if ends_in_tag else found
     if before and before[-1] == think:
-        _contradiction(index, len(row) - 1 - row[::-1].index(think))
+        raise _begun(index, len(row) - 1 - row[::-1].index(think))
     return not ends_in_tag
 
 
@@ -133,7 +133,7 @@ def _turn_is_bare(row: list[int], index: int, ids: ThinkingIds) -> bool:
             "build the prompt with apply_chat_template(..., add_generation_prompt=True)."
         )
     if turn and (len(turn) > 1 or turn[0] not in tags):
-        _contradiction(index, len(turn))
+        raise _begun(index, len(turn))
     return not turn
 
 
@@ -198,8 +198,7 @@ def _prompt(inputs: Tensor | None, kwargs: dict) -> Tensor:
         raise ValueError("enable_thinking cannot place its control token in inputs_embeds; pass input_ids.")
     if kwargs.get("cache_implementation") == "paged":
         raise ValueError('enable_thinking does not reach cache_implementation="paged"; use another cache.')
-    input_ids = kwargs.pop("input_ids", None)
-    input_ids = inputs if inputs is not None else input_ids
+    input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
     if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] == 0:
         shape = None if input_ids is None else tuple(input_ids.shape)
         raise ValueError(f"enable_thinking needs input_ids [batch, tokens], got {shape}; pass the tokenized chat.")
@@ -228,15 +227,18 @@ class ThinkingFormat(LogitsProcessor):
     """Mask the logits so that each row keeps its mode's format.
 
     It holds no state but the prompt's length and decides from the tokens it is shown, so beams may be reordered and
-    drafted tokens rejected. It never waits for the device.
+    drafted tokens rejected.
     """
 
-    def __init__(self, ids: ThinkingIds, modes: list[bool], budgets: list[int], *, prompt_tokens: int, enforce: bool):
+    def __init__(self, ids: ThinkingIds, modes: list[bool], budgets: list[int], prompt_ids_BS: Tensor, enforce: bool):
         self.ids = ids
-        self.thinking_B = torch.tensor(modes)
-        self.budget_tokens_B = torch.tensor(budgets)
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens = prompt_ids_BS.shape[1]
         self.enforce = enforce
+        # On the device once and for all: a copy at each step would make the host wait for it.
+        device = prompt_ids_BS.device
+        self.thinking_B = torch.tensor(modes, device=device)
+        self.budget_tokens_B = torch.tensor(budgets, device=device)
+        self.stop = torch.tensor(ids.stop, dtype=torch.long, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`input_ids` [R, S] with the prompt, `scores` [R, V]; row r belongs to prompt row r // (R / B)."""
@@ -250,7 +252,7 @@ class ThinkingFormat(LogitsProcessor):
             banned_RV = torch.zeros_like(scores, dtype=torch.bool)
             banned_RV[:, self.ids.think] = True
             banned_RV[:, self.ids.end_think] = ~open_R
-            banned_RV[:, self.ids.stop] = open_R[:, None]
+            banned_RV[:, self.stop.to(scores.device)] = open_R[:, None]
             scores = scores.masked_fill(banned_RV, -torch.inf)
             # Whatever else restricts this row (a grammar, a forced end) now leaves it nothing but to close.
             close_R = close_R | (open_R & scores.isneginf().all(dim=-1))
@@ -299,13 +301,12 @@ class ThinkingGenerationMixin(GenerationMixin):
 
         ids = _thinking_ids(kwargs, generation_config, self.generation_config)
         input_ids_BS = _prompt(inputs, kwargs)
-        rows = input_ids_BS.shape[0]
-        modes = _modes(enable_thinking, rows)
-        budgets = _budgets(thinking_budget, rows)
+        modes = _modes(enable_thinking, rows=input_ids_BS.shape[0])
+        budgets = _budgets(thinking_budget, rows=input_ids_BS.shape[0])
         input_ids_BS, columns = _set_control_tokens(input_ids_BS, modes, ids, kwargs)
-        if enforce_format or thinking_budget is not None:
-            mask = ThinkingFormat(ids, modes, budgets, prompt_tokens=input_ids_BS.shape[1], enforce=enforce_format)
-            logits_processor = LogitsProcessorList([*(logits_processor or []), mask])
+        mask = ThinkingFormat(ids, modes, budgets, input_ids_BS, enforce=enforce_format)
+        # Last, so that no other processor can talk a row out of its format.
+        logits_processor = LogitsProcessorList([*(logits_processor or []), mask])
         return super().generate(input_ids_BS, generation_config, logits_processor, *args, **(kwargs | columns))
 
 
@@ -319,11 +320,10 @@ def _partition(output: str | list[int], tag: str | int):
 
 
 def _without_leading(output: str | list[int], tag: str | int):
-    """(whether `output` begins with `tag`, what is left without it); blanks before the tag do not matter."""
+    """What follows a `tag` that begins the output, else the output; blanks before the tag do not matter."""
     before, found, after = _partition(output, tag)
-    if found and not (before.strip() if isinstance(before, str) else before):
-        return True, after
-    return False, output
+    begins = found and not (before.strip() if isinstance(before, str) else before)
+    return after if begins else output
 
 
 def _last_turn(row: list[int], ids: ThinkingIds) -> list[int]:
@@ -354,17 +354,12 @@ def split_thinking(
         ids = _thinking_ids(generation_config)
         output = _last_turn(torch.as_tensor(output).tolist(), ids)
         think, end_think = ids.think, ids.end_think
-    _, inside = _without_leading(output, think)
-    direct_found, direct = _without_leading(output, end_think)
-    if enable_thinking is None:
-        if think not in output and end_think not in output:
-            raise ValueError(
-                "the output has no tag, so an answer cannot be told from a thought cut short; pass enable_thinking."
-            )
-        enable_thinking = not direct_found
-    if not enable_thinking:
-        return ThinkingSplit(thought=output[:0], answer=direct, truncated=False)
-    thought, closed, answer = _partition(inside, end_think)
+    if enable_thinking is None and think not in output and end_think not in output:
+        raise ValueError("the output has no tag, so it may be an answer or a thought cut short; pass enable_thinking.")
+    if enable_thinking is False:
+        return ThinkingSplit(thought=output[:0], answer=_without_leading(output, end_think), truncated=False)
+    # A direct answer, led by its `</think>`, comes out right here too: its thought is empty.
+    thought, closed, answer = _partition(_without_leading(output, think), end_think)
     return ThinkingSplit(thought, answer, truncated=not closed)
 
 

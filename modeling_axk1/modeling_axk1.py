@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -44,6 +45,32 @@ ALL_EXPERTS_FUNCTIONS.register("axk1", axk1_experts_forward)
 register_checkpoint_conversion_mapping("axk1", get_checkpoint_conversion_mapping("axk1"), overwrite=True)
 
 
+class RMSNormFunction(torch.autograd.Function):
+    """The norm with its gradient written out: it keeps x and one number a token, where autograd keeps three copies of x.
+
+    On CPU, forward + backward take about half of autograd's time.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        scale = (norm.square() / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (x * scale).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale  # fp32, as scale is
+        grad = grad.to(unit.dtype)
+        product = grad * unit
+        grad_weight = product.flatten(0, -2).sum(dim=0).to(weight.dtype)
+        mean = (product @ weight.to(unit.dtype))[..., None] / x.shape[-1]
+        grad_x = torch.addcmul(grad * weight, unit, mean, value=-1).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight, None
+
+
 class AxK1RMSNorm(nn.Module):
     """x / rms(x) * weight; the statistic in fp32, the product in x's dtype.  [Zhang & Sennrich 2019]"""
 
@@ -53,9 +80,7 @@ class AxK1RMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.to(torch.float32)
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x.to(hidden_states.dtype)
+        return RMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
 class AxK1UnusedNorm(AxK1RMSNorm):
@@ -102,15 +127,45 @@ class AxK1RotaryEmbedding(nn.Module):
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
 
-def rotate(x_BNQD: Tensor, cos_BQD: Tensor, sin_BQD: Tensor, interleaved: bool) -> Tensor:
-    """Apply RoPE. Interleaved pairs (x0, x1), (x2, x3) come out as halves, for queries and keys alike."""
-    half = x_BNQD.shape[-1] // 2
-    cos, sin = cos_BQD[..., :half].unsqueeze(1), sin_BQD[..., :half].unsqueeze(1)
-    if interleaved:
-        x1, x2 = x_BNQD[..., 0::2], x_BNQD[..., 1::2]
-    else:
-        x1, x2 = x_BNQD.split(half, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+class RotateFunction(torch.autograd.Function):
+    """RoPE on the last entries of each head, in one new tensor: no split, concatenation or zero-filled gradient between."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        half = cos.shape[-1]
+        x1, x2 = pairs(x[..., -2 * half :], interleaved)
+        output = x.clone()
+        output[..., -2 * half : -half] = x1 * cos - x2 * sin
+        output[..., -half:] = x2 * cos + x1 * sin
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        half = cos.shape[-1]
+        g1, g2 = grad[..., -2 * half : -half], grad[..., -half:]
+        grad_x = grad.clone()
+        x1, x2 = pairs(grad_x[..., -2 * half :], ctx.interleaved)
+        x1.copy_(g1 * cos + g2 * sin)
+        x2.copy_(g2 * cos - g1 * sin)
+        return grad_x, None, None, None
+
+
+def pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of the first and the second members of the pairs that RoPE rotates."""
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+
+
+def rotate(x_BQND: Tensor, cos_BQD: Tensor, sin_BQD: Tensor, interleaved: bool) -> Tensor:
+    """Apply RoPE to the last entries of each head, as many as cos has; the entries before them stay.
+
+    Interleaved pairs (x0, x1), (x2, x3) come out as halves, for queries and keys alike.
+    """
+    half = cos_BQD.shape[-1] // 2
+    return RotateFunction.apply(x_BQND, cos_BQD[:, :, None, :half], sin_BQD[:, :, None, :half], interleaved)
 
 
 def yarn_softmax_scale(rope_parameters: dict) -> float:
@@ -193,7 +248,8 @@ class AxK1Attention(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.config.kv_lora_rank, self.rope], dim=-1)
         # One "head" each, so that every kind of cache layer can hold them.
         latent_B1SL = self.kv_a_layernorm(latent).view(B, 1, Q, -1)
-        k_rope_B1SD = rotate(k_rope.view(B, 1, Q, -1), *position_embeddings, self.config.rope_interleave)
+        k_rope = rotate(k_rope.view(B, Q, 1, -1), *position_embeddings, self.config.rope_interleave)
+        k_rope_B1SD = k_rope.transpose(1, 2)
         if past_key_values is not None:
             latent_B1SL, k_rope_B1SD = past_key_values.update(latent_B1SL, k_rope_B1SD, self.layer_idx)
 
@@ -206,17 +262,15 @@ class AxK1Attention(nn.Module):
         output, weights = attend(q_latent, latent_B1SL, k_rope_B1SD, position_embeddings, attention_mask, **kwargs)
         return self.o_proj(output.reshape(B, Q, -1)), weights
 
-    def queries(self, q_latent: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The unrotated [B, N, Q, nope] and the rotated [B, N, Q, rope] part of the queries."""
-        B, Q, _ = q_latent.shape
-        q = self.q_b_proj(q_latent).view(B, Q, -1, self.nope + self.rope).transpose(1, 2)
-        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
-        return q_nope, rotate(q_rope, *position_embeddings, self.config.rope_interleave)
+    def queries(self, q_latent: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """[B, N, Q, nope + rope], the last part rotated."""
+        q_BQND = self.q_b_proj(q_latent).view(*q_latent.shape[:2], -1, self.nope + self.rope)
+        return rotate(q_BQND, *position_embeddings, self.config.rope_interleave).transpose(1, 2)
 
     def attend_expanded(self, q_latent, latent_B1SL, k_rope_B1SD, position_embeddings, attention_mask, **kwargs):
         """Keys and values for every head from every latent, then any attention function of transformers."""
         B, _, S, _ = latent_B1SL.shape
-        query = torch.cat(self.queries(q_latent, position_embeddings), dim=-1)
+        query = self.queries(q_latent, position_embeddings)
         expanded = self.kv_b_proj(latent_B1SL).view(B, S, -1, self.nope + self.value).transpose(1, 2)
         k_nope, value = expanded.split([self.nope, self.value], dim=-1)
         key = torch.cat((k_nope, k_rope_B1SD.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
@@ -230,11 +284,9 @@ class AxK1Attention(nn.Module):
         """Whether the absorbed form gives the same result here, and cheaper: multiply-adds a head counted for both forms."""
         if not is_plain_linear(self.kv_b_proj) or (self.training and self.attention_dropout):
             return False
-        if attention_mask is None:
-            # Several queries without a mask lean on the attention function's own idea of causality.
-            if queries > 1:
-                return False
-        elif not isinstance(attention_mask, Tensor) or (attention_mask.dim() == 2 and queries > 1):
+        # Several queries with no mask, or a padding mask alone, lean on the attention function's own idea of causality.
+        spells_out = isinstance(attention_mask, BlockMask) or (attention_mask is not None and attention_mask.dim() == 4)
+        if queries > 1 and not spells_out:
             return False
         latent, pairs = self.config.kv_lora_rank, queries * keys
         absorbed = queries * latent * (self.nope + self.value) + pairs * (2 * latent + self.rope)
@@ -243,8 +295,9 @@ class AxK1Attention(nn.Module):
 
     def attend_absorbed(self, q_latent, latent_B1SL, k_rope_B1SD, position_embeddings, attention_mask, **kwargs):
         """Attention over the latents: k_nope = W_k c gives q . k_nope = (W_k^T q) . c, and the values W_v c come out last."""
-        q_nope, q_rope = self.queries(q_latent, position_embeddings)
-        B, N, Q, _ = q_nope.shape
+        query = self.queries(q_latent, position_embeddings)
+        B, N, Q, _ = query.shape
+        q_nope, q_rope = query.split([self.nope, self.rope], dim=-1)
         latent_BSL, k_rope_BSD = latent_B1SL[:, 0], k_rope_B1SD[:, 0]
         up_NDL = self.kv_b_proj.weight.view(N, self.nope + self.value, -1)
         w_key, w_value = up_NDL.split([self.nope, self.value], dim=1)
@@ -261,9 +314,12 @@ class AxK1Attention(nn.Module):
 
 
 def masked_softmax(scores_BNQS: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax in fp32 under a mask of any attention function: additive or boolean [B, 1, Q, S], or padding [B, S]."""
+    """Softmax in fp32 under any attention function's mask: additive or boolean [B, 1, Q, S], padding [B, S], Flex's blocks."""
+    B, _, Q, S = scores_BNQS.shape
+    if isinstance(mask, BlockMask):
+        mask = create_mask(mask.mask_mod, B, 1, Q, S, device=scores_BNQS.device)
     if mask is not None:
-        mask = mask[:, None, None, -scores_BNQS.shape[-1] :].bool() if mask.dim() == 2 else mask
+        mask = mask[:, None, None, -S:].bool() if mask.dim() == 2 else mask
         if mask.dtype == torch.bool:
             # The lowest number and not -inf: a padding row that attends to nothing must not become NaN.
             scores_BNQS = scores_BNQS.masked_fill(~mask, torch.finfo(scores_BNQS.dtype).min)

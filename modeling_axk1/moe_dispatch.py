@@ -1,7 +1,7 @@
 """How do routed experts run fast?  The "axk1" implementation for transformers' experts seam, by the tensors' device.
 
-On CPU a loop over the hit experts with a backward of its own: token rows are gathered an expert at a time, so they stay in
-cache, and every matmul writes straight into its place in the result. For backward it keeps the layer input and the gate/up
+On CPU a loop over the hit experts with a backward of its own: token rows are gathered a few experts at a time, so they stay
+in cache, and every matmul writes straight into its place in the result. For backward it keeps the layer input and the gate/up
 output only. Autograd through the obvious loop would instead build one full-size zero gradient of the stacked weights for each
 expert.
 
@@ -15,6 +15,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+# An expert and the range of its rows among the sorted pairs.
+Rows = tuple[int, int, int]
+# Experts are taken in runs of about so many rows: enough that few tokens cost few operators, few enough that a run's rows
+# stay in the second-level cache (256 rows of 512 fp32 numbers are half a megabyte).
+CHUNK_ROWS = 256
 
 
 def axk1_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -73,7 +79,7 @@ class CpuExperts(torch.autograd.Function):
         return tuple(grad if want else None for grad, want in zip(grads, wanted))
 
 
-def sort_pairs(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[tuple[int, int, int]]]:
+def sort_pairs(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[Rows]]:
     """Sort token-expert pairs by expert, stably.
 
     Returns pair_P (index into the flattened [T, K]), token_P, and the hit experts as (expert, start, end) of their rows.
@@ -86,6 +92,33 @@ def sort_pairs(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[tu
     return pair_P, pair_P // expert_TK.shape[1], hits
 
 
+def chunks(hits: list[Rows]) -> list[list[Rows]]:
+    """Split the hit experts into runs of at most CHUNK_ROWS rows (an expert with more is a run of its own)."""
+    runs: list[list[Rows]] = []
+    for hit in hits:
+        if runs and hit[2] - runs[-1][0][1] <= CHUNK_ROWS:
+            runs[-1].append(hit)
+        else:
+            runs.append([hit])
+    return runs
+
+
+def grouped_mm(x_ND: Tensor, weight_EDF: Tensor, run: list[Rows], out_NF: Tensor) -> Tensor:
+    """Each expert's rows of a run times that expert's matrix; rows count from the run's first one."""
+    first = run[0][1]
+    for expert, start, end in run:
+        torch.mm(x_ND[start - first : end - first], weight_EDF[expert], out=out_NF[start - first : end - first])
+    return out_NF
+
+
+def grouped_outer(a_NF: Tensor, b_ND: Tensor, run: list[Rows], out_EFD: Tensor) -> None:
+    """Each expert's weight gradient, the sum over its rows of a b^T, written into its place."""
+    first = run[0][1]
+    for expert, start, end in run:
+        rows = slice(start - first, end - first)
+        torch.mm(a_NF[rows].t(), b_ND[rows], out=out_EFD[expert])
+
+
 def experts_forward(
     x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -93,19 +126,17 @@ def experts_forward(
     (tokens, hidden), width = x_TH.shape, down_EHI.shape[2]
     pair_P, token_P, hits = sort_pairs(expert_TK, gate_up_E2IH.shape[0])
     weight_P1 = weight_TK.reshape(-1, 1)[pair_P].to(torch.promote_types(weight_TK.dtype, torch.float32))
-    rows = pair_P.numel() if keep else 0
-    gate_up_P2I = x_TH.new_empty(rows, 2 * width)
+    gate_up_P2I = x_TH.new_empty(pair_P.numel() if keep else 0, 2 * width)
     out_TH = torch.zeros(tokens, hidden, dtype=torch.promote_types(x_TH.dtype, torch.float32))
-    for expert, start, end in hits:
-        token_N = token_P[start:end]
-        x_NH = x_TH.index_select(0, token_N)
-        if keep:
-            gate_up_N2I = torch.mm(x_NH, gate_up_E2IH[expert].t(), out=gate_up_P2I[start:end])
-        else:
-            gate_up_N2I = x_NH @ gate_up_E2IH[expert].t()
+    for run in chunks(hits):
+        start, end = run[0][1], run[-1][2]
+        x_NH = x_TH.index_select(0, token_P[start:end])
+        gate_up_N2I = gate_up_P2I[start:end] if keep else x_TH.new_empty(end - start, 2 * width)
+        grouped_mm(x_NH, gate_up_E2IH.mT, run, gate_up_N2I)
         # Weighting here instead of after the down projection touches I numbers a row instead of H.
         act_NI = F.silu(gate_up_N2I[:, :width]).mul_(gate_up_N2I[:, width:]).mul_(weight_P1[start:end])
-        out_TH.index_add_(0, token_N, (act_NI @ down_EHI[expert].t()).to(out_TH.dtype))
+        rows_NH = grouped_mm(act_NI, down_EHI.mT, run, x_NH)
+        out_TH.index_add_(0, token_P[start:end], rows_NH.to(out_TH.dtype))
     return out_TH.to(x_TH.dtype), gate_up_P2I
 
 
@@ -128,29 +159,31 @@ def experts_backward(
     grad_weight_P = torch.zeros(pair_P.numel(), dtype=weight_P1.dtype)
     grad_gate_up = empty_with_zero_rows(gate_up_E2IH, hits) if need_gate_up else gate_up_E2IH.new_empty(0)
     grad_down = empty_with_zero_rows(down_EHI, hits) if need_down else down_EHI.new_empty(0)
-    for expert, start, end in hits:
+    for run in chunks(hits):
+        start, end = run[0][1], run[-1][2]
         token_N, weight_N1 = token_P[start:end], weight_P1[start:end]
         gate_NI, up_NI = gate_up_P2I[start:end].split(width, dim=1)
         grad_NH = grad_TH.index_select(0, token_N)
         silu_NI = F.silu(gate_NI)
         act_NI = silu_NI * up_NI
         # <grad, down @ act> = <grad @ down, act>: the routing weight's gradient needs no stored expert output.
-        grad_act_NI = grad_NH @ down_EHI[expert]
+        grad_act_NI = grouped_mm(grad_NH, down_EHI, run, torch.empty_like(act_NI))
         torch.sum(grad_act_NI * act_NI, dim=1, dtype=grad_weight_P.dtype, out=grad_weight_P[start:end])
         if need_down:
-            torch.mm(grad_NH.t(), act_NI.mul_(weight_N1), out=grad_down[expert])
+            grouped_outer(grad_NH, act_NI.mul_(weight_N1), run, grad_down)
         grad_act_NI.mul_(weight_N1)
         grad_N2I = torch.empty_like(gate_up_P2I[start:end])
         torch.ops.aten.silu_backward.grad_input(grad_act_NI * up_NI, gate_NI, grad_input=grad_N2I[:, :width])
         torch.mul(grad_act_NI, silu_NI, out=grad_N2I[:, width:])
         if need_gate_up:
-            torch.mm(grad_N2I.t(), x_TH.index_select(0, token_N), out=grad_gate_up[expert])
-        grad_x_TH.index_add_(0, token_N, (grad_N2I @ gate_up_E2IH[expert]).to(grad_x_TH.dtype))
+            grouped_outer(grad_N2I, x_TH.index_select(0, token_N), run, grad_gate_up)
+        rows_NH = grouped_mm(grad_N2I, gate_up_E2IH, run, grad_NH)
+        grad_x_TH.index_add_(0, token_N, rows_NH.to(grad_x_TH.dtype))
     grad_weight_TK = torch.zeros_like(grad_weight_P).scatter_(0, pair_P, grad_weight_P).view(weight_TK.shape)
     return grad_x_TH.to(x_TH.dtype), grad_weight_TK.to(weight_TK.dtype), grad_gate_up, grad_down
 
 
-def empty_with_zero_rows(weight: Tensor, hits: list[tuple[int, int, int]]) -> Tensor:
+def empty_with_zero_rows(weight: Tensor, hits: list[Rows]) -> Tensor:
     """Like `weight`, zero only where no matmul will write."""
     grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for expert in set(range(weight.shape[0])) - {e for e, _, _ in hits}:

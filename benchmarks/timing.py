@@ -1,0 +1,72 @@
+"""How is time measured here?  Candidates take turns in one process; the median of each; one CSV row a figure."""
+
+import csv
+import datetime
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results.csv"
+COLUMNS = "date benchmark case candidate milliseconds ratio_to_peer threads machine torch transformers commit".split()
+
+
+def interleaved_medians_ms(candidates: dict[str, Callable[[], object]], rounds: int, label: str) -> dict[str, float]:
+    """Median milliseconds of each candidate over `rounds` turns, after one warm-up turn.
+
+    Taking turns gives every candidate the same share of a noisy machine's quiet moments.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in track(range(rounds + 1), description=label, transient=True):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def processor_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def commit() -> str:
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return run.stdout.strip() or "none"
+
+
+def record(benchmark: str, case: str, times_ms: dict[str, float], peer: str) -> None:
+    """Append one row a candidate to results.csv; the ratio is the peer's time over the candidate's: above 1 is faster."""
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(COLUMNS)
+        for name, ms in times_ms.items():
+            writer.writerow(
+                [
+                    datetime.date.today(), benchmark, case, name, f"{ms:.3f}", f"{times_ms[peer] / ms:.2f}",
+                    torch.get_num_threads(), processor_name(), torch.__version__, transformers.__version__, commit(),
+                ]
+            )  # fmt: skip
+
+
+def show(title: str, rows: dict[str, dict[str, float]], peer: str) -> None:
+    """A table: a line a case, milliseconds a candidate, and the peer's time over ours."""
+    table = Table(title=title)
+    names = list(next(iter(rows.values())))
+    for column in ["case", *(f"{name} [ms]" for name in names), f"{peer} / ours"]:
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for case, times in rows.items():
+        table.add_row(case, *(f"{times[name]:.2f}" for name in names), f"{times[peer] / times['ours']:.2f}x")
+    Console(width=150).print(table)

@@ -1,0 +1,167 @@
+"""How do programs talk to a model: `axk1 serve`, an OpenAI-compatible endpoint with `reasoning_content` and both modes.
+
+Requests are read, streamed and answered by transformers' serving parts. What is ours: the model is opened as our class
+(theirs would build transformers' own), generation keeps the mode's format, and a request can set mode and budget.
+"""
+
+import uuid
+from pathlib import Path
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, HTTPException, Request
+    from fastapi.responses import JSONResponse
+    from transformers.cli.serving.chat_completion import (
+        ChatCompletionHandler,
+        TransformersCompletionCreateParamsStreaming,
+    )
+except (ImportError, NameError) as missing:
+    # NameError: transformers' own guard leaves names undefined when one of the packages is absent.
+    raise ImportError("axk1 serve needs fastapi, uvicorn and openai; pip install 'axk1[serve]'.") from missing
+
+from transformers import GenerationConfig
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import GenerateManager, GenerationState
+from transformers.utils.versions import require_version
+
+from serving.loading import load_for_chat, sampling
+
+require_version("transformers>=5.21", "Before 5.21 its serving parts drop reasoning_content from streams.")
+
+# OpenAI's names. All but the first mean thinking: A.X K1 has two modes, the budget bounds the thought.
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+
+
+def _with_mode(body: dict) -> dict:
+    """`body` with `reasoning_effort` turned into `enable_thinking`: "none" is off, any other effort on."""
+    template = body.get("chat_template_kwargs") or {}
+    if not isinstance(template.get("enable_thinking", False), bool):
+        raise ValueError(f"enable_thinking={template['enable_thinking']!r} names no mode; use true or false.")
+    effort = body.get("reasoning_effort")
+    if effort is None:
+        return body
+    if effort not in EFFORTS:
+        raise ValueError(f"reasoning_effort={effort!r} is unknown; use one of {', '.join(EFFORTS)}.")
+    body = {key: value for key, value in body.items() if key != "reasoning_effort"}
+    return body | {"chat_template_kwargs": {"enable_thinking": effort != "none"} | template}
+
+
+def _in_mode(model, inputs: dict, config: GenerationConfig) -> dict:
+    """The inputs of `generate`, with the mode that the chat template wrote at the end of the prompt."""
+    thinking = inputs["input_ids"][0, -1].item() == model.generation_config.think_token_id
+    return {**inputs, "enable_thinking": thinking, "thinking_budget": config.thinking_budget}
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)
+
+
+class ThinkingParams(TransformersCompletionCreateParamsStreaming, total=False):
+    """What a chat request may hold: OpenAI's fields, transformers' `chat_template_kwargs`, and the budget in tokens."""
+
+    thinking_budget: int
+
+
+class OneModel(ModelManager):
+    """The one model that this server holds, opened by us."""
+
+    def __init__(self, model, tokenizer, name: str):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        # Set after the parent's constructor, which would load it.
+        self.force_model = name
+
+    def load_model_and_processor(self, *args, **kwargs):
+        return self.model, self.tokenizer
+
+    def get_gen_models(self) -> list[dict]:
+        return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "axk1"}]
+
+
+class ThinkingGenerateManager(GenerateManager):
+    """Generate in the mode that the prompt's last token names, with its format enforced."""
+
+    def generate_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
+        return super().generate_streaming(
+            model, processor, _in_mode(model, inputs, gen_config), gen_config, *args, **kwargs
+        )
+
+    async def generate_non_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
+        inputs = _in_mode(model, inputs, gen_config)
+        return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+
+
+class ThinkingState(GenerationState):
+    """One thread generates, request after request."""
+
+    def __init__(self):
+        super().__init__()
+        self.manager = ThinkingGenerateManager()
+
+    def get_manager(self, model_id: str, use_cb: bool = False):
+        return self.manager
+
+
+class ThinkingChatHandler(ChatCompletionHandler):
+    """`/v1/chat/completions`. The mode is `chat_template_kwargs.enable_thinking`, or else OpenAI's `reasoning_effort`."""
+
+    _valid_params_class = ThinkingParams
+
+    async def handle_request(self, body: dict, request_id: str):
+        return await super().handle_request(_with_mode(body), request_id)
+
+    def _build_generation_config(self, body: dict, *args, **kwargs) -> GenerationConfig:
+        config = super()._build_generation_config(body, *args, **kwargs)
+        if body.get("temperature"):
+            # Theirs turns sampling off at 0 and never on: a greedy default must not swallow the request.
+            config.do_sample = True
+        config.thinking_budget = body.get("thinking_budget")
+        return config
+
+
+def run_server(
+    model_path: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    think: bool = False,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    device_map: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Serve a checkpoint until interrupted. `think`, `temperature` and `top_p` hold where a request does not say."""
+    model, tokenizer = load_for_chat(model_path, device_map=device_map, dtype=dtype)
+    model.generation_config.update(**sampling(temperature, top_p))
+    app = build_app(model, tokenizer, name=Path(model_path).resolve().name, think=think)
+    uvicorn.run(app, host=host, port=port)
+
+
+def build_app(model, tokenizer, *, name: str, think: bool = False) -> FastAPI:
+    """The endpoints, for a model opened by `load_for_chat`; `name` is what requests call it."""
+    models = OneModel(model, tokenizer, name)
+    handler = ThinkingChatHandler(models, ThinkingState(), chat_template_kwargs={"enable_thinking": think})
+    app = FastAPI(title="axk1")
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: dict):
+        return await handler.handle_request(body, request.headers.get("x-request-id", f"chatcmpl-{uuid.uuid4().hex}"))
+
+    @app.get("/v1/models")
+    def list_models():
+        return {"object": "list", "data": models.get_gen_models()}
+
+    @app.get("/health")
+    def health():
+        return {"status": "ok"}
+
+    # OpenAI's clients show an error's text only in OpenAI's form.
+    @app.exception_handler(ValueError)
+    async def refuse(_: Request, error: ValueError):
+        return _error(400, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def pass_on(_: Request, error: HTTPException):
+        return _error(error.status_code, error.detail)
+
+    return app

@@ -1,0 +1,45 @@
+"""A tiny saved checkpoint, as the commands meet it: a folder with weights, configuration and tokenizer."""
+
+import pytest
+import torch
+
+from modeling_axk1 import AxK1Config, AxK1ForCausalLM
+from trainers.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("serving") / "tiny-axk1"
+    tokenizer = train_tokenizer(["The answer to 12 + 3 is 15.\n", "What is 4 * 5? Let me see.\n"] * 20, 330)
+    config = AxK1Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model = AxK1ForCausalLM(config)
+    # The model would only ever say these, so that its text is plain and the tags must be held off by force.
+    sayable = [i for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))) if token.isalpha()]
+    with torch.no_grad():
+        model.lm_head.weight[[i for i in range(len(tokenizer)) if i not in sayable]] *= 0.1
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids(["<think>", "</think>"])] *= 50
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,136 @@
+"""Does the endpoint speak OpenAI's protocol, in both modes, streamed or not? Asked over HTTP with OpenAI's own client."""
+
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("transformers", minversion="5.21", reason="serving needs transformers >= 5.21")
+
+import openai  # noqa: E402
+import uvicorn  # noqa: E402
+
+from serving.loading import load_for_chat  # noqa: E402
+from serving.server import build_app, run_server  # noqa: E402
+
+QUESTION = [{"role": "user", "content": "What is 4 * 5?"}]
+GREEDY = {"messages": QUESTION, "model": "tiny-axk1", "temperature": 0, "max_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint):
+    model, tokenizer = load_for_chat(checkpoint, device_map="cpu")
+    app = build_app(model, tokenizer, name="tiny-axk1")
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert server.started, "the server did not start within 20 s"
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0), tokenizer
+    server.should_exit = True
+    thread.join(timeout=20)
+
+
+def mode(think: bool, **more) -> dict:
+    return {"extra_body": {"chat_template_kwargs": {"enable_thinking": think}, **more}}
+
+
+def test_both_modes(served):
+    client, tokenizer = served
+    thinking = client.chat.completions.create(**GREEDY, **mode(True, thinking_budget=5)).choices[0]
+    direct = client.chat.completions.create(**GREEDY, **mode(False)).choices[0]
+    default = client.chat.completions.create(**GREEDY).choices[0]
+    assert thinking.message.reasoning_content and thinking.message.content
+    assert len(tokenizer(thinking.message.reasoning_content)["input_ids"]) <= 5
+    assert direct.message.content and not hasattr(direct.message, "reasoning_content")
+    assert default.message == direct.message
+    for text in (thinking.message.content, thinking.message.reasoning_content, direct.message.content):
+        assert "think>" not in text and "<|" not in text
+
+
+@pytest.mark.parametrize("think", [True, False])
+def test_stream_says_the_same(served, think):
+    client, _ = served
+    whole = client.chat.completions.create(**GREEDY, **mode(think, thinking_budget=5)).choices[0]
+    parts = {"reasoning_content": "", "content": ""}
+    for chunk in client.chat.completions.create(**GREEDY, **mode(think, thinking_budget=5), stream=True):
+        for name in parts:
+            parts[name] += getattr(chunk.choices[0].delta, name, None) or ""
+        finish = chunk.choices[0].finish_reason
+    assert parts["content"].strip() == whole.message.content
+    assert parts["reasoning_content"].strip() == getattr(whole.message, "reasoning_content", "")
+    assert finish == whole.finish_reason
+
+
+def test_a_cut_thought_has_no_answer(served):
+    client, _ = served
+    # The ban keeps the block open: what comes is all thought.
+    _, tokenizer = served
+    ban = {str(tokenizer.convert_tokens_to_ids("</think>")): -1000.0}
+    cut = client.chat.completions.create(**GREEDY, **mode(True), logit_bias=ban).choices[0]
+    assert cut.finish_reason == "length"
+    assert cut.message.reasoning_content and cut.message.content == ""
+
+
+@pytest.mark.parametrize("effort, thinks", [("none", False), ("low", True), ("high", True)])
+def test_reasoning_effort_chooses_the_mode(served, effort, thinks):
+    client, _ = served
+    message = client.chat.completions.create(**GREEDY, reasoning_effort=effort).choices[0].message
+    assert hasattr(message, "reasoning_content") == thinks
+    # The explicit argument of the template wins.
+    body = mode(not thinks)
+    message = client.chat.completions.create(**GREEDY, reasoning_effort=effort, **body).choices[0].message
+    assert hasattr(message, "reasoning_content") != thinks
+
+
+def test_tools_and_history_are_accepted(served):
+    client, _ = served
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    history = [
+        {"role": "system", "content": "Be brief."},
+        *QUESTION,
+        {"role": "assistant", "content": "20"},
+        {"role": "user", "content": [{"type": "text", "text": "And 3 + 4?"}]},
+    ]
+    reply = client.chat.completions.create(**(GREEDY | {"messages": history}), tools=[tool])
+    assert reply.choices[0].message.content
+    assert reply.usage.prompt_tokens > 100
+
+
+def test_a_request_may_sample_where_the_default_is_greedy(served):
+    """The served model is greedy by default: two seeds at a high temperature must differ all the same."""
+    client, _ = served
+    hot = GREEDY | {"temperature": 5.0}
+    texts = {client.chat.completions.create(**hot, seed=seed).choices[0].message.content for seed in (1, 2, 3)}
+    assert len(texts) > 1
+    assert len({client.chat.completions.create(**GREEDY, seed=seed).choices[0].message.content for seed in (1, 2)}) == 1
+
+
+def test_models_are_listed(served):
+    assert [model.id for model in served[0].models.list()] == ["tiny-axk1"]
+
+
+def test_bad_requests_are_answered(served):
+    client, _ = served
+    with pytest.raises(openai.BadRequestError, match="thinking_budget=-1 is not a number of tokens"):
+        client.chat.completions.create(**GREEDY, **mode(True, thinking_budget=-1))
+    with pytest.raises(openai.BadRequestError, match="reasoning_effort='much' is unknown"):
+        client.chat.completions.create(**GREEDY, reasoning_effort="much")
+    with pytest.raises(openai.BadRequestError, match="enable_thinking=None names no mode"):
+        client.chat.completions.create(**GREEDY, **mode(None))
+    with pytest.raises(openai.BadRequestError, match="pinned to 'tiny-axk1'"):
+        client.chat.completions.create(**(GREEDY | {"model": "other"}))
+    with pytest.raises(openai.UnprocessableEntityError, match="Unexpected fields"):
+        client.chat.completions.create(**GREEDY, extra_body={"budget": 3})
+
+
+def test_run_server_serves_the_folder(checkpoint, monkeypatch):
+    ran = {}
+    monkeypatch.setattr("serving.server.uvicorn.run", lambda app, **settings: ran.update(app=app, **settings))
+    run_server(checkpoint, device_map="cpu", temperature=0)
+    run_server(checkpoint, host="127.0.0.1", port=1, device_map="cpu", temperature=0.7, think=True)
+    assert (ran["host"], ran["port"]) == ("127.0.0.1", 1)
+    assert "/v1/chat/completions" in ran["app"].openapi()["paths"]
