@@ -43,8 +43,11 @@ def test_holds_what_the_concatenating_layer_holds_whatever_happens_to_it():
         assert same(ours_, stock), (name, value)
     for layer in (ours_, stock):
         layer.reset()
-        layer.update(*latents(1, 2))
-        assert layer.get_seq_length() == 2
+    assert ours_.get_seq_length() == stock.get_seq_length()
+    new = latents(batch, 2)
+    for layer in (ours_, stock):
+        layer.update(*new)
+    assert same(ours_, stock)
 
 
 def test_appending_copies_nothing():

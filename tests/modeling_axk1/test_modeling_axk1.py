@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache, cache_utils
 
 from modeling_axk1 import AxK1Config, AxK1ForSequenceClassification, count_flops
 from modeling_axk1.modeling_axk1 import (
@@ -157,6 +158,8 @@ def test_absorbed_form_reads_every_mask(kind):
 def test_quantised_caches_give_stocks_numbers(backend):
     if backend == "quanto":
         pytest.importorskip("optimum.quanto")
+    elif "fp8" not in cache_utils.QuantizedCache.__doc__:
+        pytest.skip(f"transformers {transformers.__version__} has no fp8 cache")
     sizes = {"hidden_size": 64, "kv_lora_rank": 32, "qk_rope_head_dim": 16}
     model = ours(random_config(2, **sizes))
     input_ids, mask = padded_ids(model.config, rows=1)
@@ -457,7 +460,10 @@ def test_router_logits_attentions_and_hidden_states_on_request():
     flags = dict(output_router_logits=True, output_attentions=True, output_hidden_states=True)
     out, expected = model(input_ids, **flags), twin(input_ids, **flags)
     for name in ("router_logits", "attentions", "hidden_states"):
-        assert len(out[name]) == len(expected[name]) > 0
+        assert len(out[name]) > 0
+        if name == "router_logits" and name not in expected:
+            continue  # stock records them in 5.23 and does not in 5.15
+        assert len(out[name]) == len(expected[name])
         for a, b in zip(out[name], expected[name]):
             assert largest_difference(a, b) <= PREFILL
 
