@@ -363,19 +363,11 @@ def test_recomputation_changes_no_gradient(how):
     if how == "selective":
         model.recompute_selectively()
     else:
-        model._set_gradient_checkpointing(True, checkpoint_without_reentry())
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model(input_ids, labels=input_ids).loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-7)
-
-
-def checkpoint_without_reentry():
-    from functools import partial
-
-    from torch.utils.checkpoint import checkpoint
-
-    return partial(checkpoint, use_reentrant=False)
 
 
 @pytest.mark.parametrize("how", ["whole layer", "selective"])
@@ -385,7 +377,7 @@ def test_recomputation_keeps_the_routing(how, monkeypatch):
     if how == "selective":
         model.recompute_selectively()
     else:
-        model._set_gradient_checkpointing(True, checkpoint_without_reentry())
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     chosen = []
     choose = AxK1TopkRouter.choose
 
