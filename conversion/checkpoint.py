@@ -1,0 +1,379 @@
+"""How do a checkpoint's tensors come off the disk and get back onto it, a block at a time, whatever its size?
+
+A checkpoint is a mapping from tensor name to `StoredTensor`; nothing is read but headers until `read_elements` asks.
+Output goes to the folder `OUT.partial`, with a journal beside it; one rename at the end makes it `OUT`.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+# The limit of the safetensors library itself: a longer header is an attack or a corrupt length.
+MAX_HEADER_BYTES = 100_000_000
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a safetensors file; `start` is its first byte, counted from the beginning of the file."""
+
+    name: str
+    path: Path
+    dtype_name: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name and the tensors it will hold, in the order of their bytes."""
+
+    filename: str
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file, in the order of their bytes, checked against the size of the file.
+
+    ValueError names the file and what is wrong: truncated, not safetensors, holes or overlaps, unknown dtypes.
+    """
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else file_bytes
+        if 8 + header_bytes > file_bytes or header_bytes > MAX_HEADER_BYTES:
+            raise ValueError(
+                f"{path} is not a whole safetensors file: {file_bytes:,} bytes cannot hold its header; fetch it again."
+            )
+        try:
+            header = json.loads(file.read(header_bytes))
+            header.pop("__metadata__", None)
+            tensors = [_parse_entry(path, name, entry, 8 + header_bytes) for name, entry in header.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} has a corrupt safetensors header ({error}); fetch or save it again.") from error
+    return _check_layout(path, tensors, 8 + header_bytes, file_bytes)
+
+
+def _parse_entry(path: Path, name: str, entry: dict, data_start: int) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"tensor {name} has the unknown dtype {entry['dtype']!r}")
+    shape = tuple(entry["shape"])
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"tensor {name} has a shape or an offset that is not a whole number")
+    tensor = StoredTensor(name, path, entry["dtype"], shape, data_start + begin)
+    if end - begin != tensor.nbytes:
+        raise ValueError(f"tensor {name} of {tensor.nbytes:,} bytes is given {end - begin:,}")
+    return tensor
+
+
+def _check_layout(path: Path, tensors: list[StoredTensor], data_start: int, file_bytes: int) -> list[StoredTensor]:
+    tensors = sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes))
+    expected = data_start
+    for tensor in tensors:
+        if tensor.start != expected:
+            raise ValueError(f"{path} has a hole or an overlap before tensor {tensor.name}; fetch or save it again.")
+        expected += tensor.nbytes
+    if expected != file_bytes:
+        raise ValueError(
+            f"{path} is truncated or has bytes to spare: its header describes {expected:,} bytes, "
+            f"the file has {file_bytes:,}; fetch or save it again."
+        )
+    return tensors
+
+
+def open_checkpoint(folder: str | Path) -> dict[str, StoredTensor]:
+    """Every tensor of a folder with `model.safetensors` or an index and its shards, by name, in the order on disk.
+
+    ValueError if a file is missing, corrupt or outside the folder, or if index and shards disagree.
+    """
+    folder = Path(folder)
+    single, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
+    if single.exists() and index.exists():
+        raise ValueError(f"{folder} holds both {WEIGHTS_NAME} and {INDEX_NAME}; remove the one that is out of date.")
+    if single.exists():
+        return {tensor.name: tensor for tensor in read_header(single)}
+    if not index.exists():
+        raise ValueError(f"{folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}; give a folder of safetensors.")
+    weight_map = _read_weight_map(index)
+    tensors = [tensor for name in sorted(set(weight_map.values())) for tensor in read_header(folder / name)]
+    found = {tensor.name: tensor.path.name for tensor in tensors}
+    wrong = sorted(name for name in found.keys() | weight_map.keys() if found.get(name) != weight_map.get(name))
+    if wrong or len(found) != len(tensors):
+        raise ValueError(f"{index} and its shards disagree on {listed(wrong)}; save the checkpoint again.")
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        filenames = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a safetensors index ({error!r}); save the checkpoint again.") from error
+    for filename in filenames:
+        # A name with a folder in it could point anywhere on the disk: indexes are downloaded, hence untrusted.
+        if type(filename) is not str or Path(filename).name != filename or not filename.endswith(".safetensors"):
+            raise ValueError(f"{index} names the file {filename!r}; only .safetensors files beside it are read.")
+        if not (index.parent / filename).is_file():
+            raise ValueError(f"{index.parent / filename} is missing, but {index.name} names it; fetch it.")
+    return weight_map
+
+
+def read_elements(tensor: StoredTensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """Elements [start, stop) of a stored tensor, flat, in its own dtype, in fresh memory.
+
+    A plain read, not a memory map: a map of a file that shrinks meanwhile kills the process, a short read is an error.
+    """
+    stop = tensor.elements if stop is None else stop
+    assert 0 <= start <= stop <= tensor.elements, (tensor.name, start, stop)
+    flat = torch.empty(stop - start, dtype=tensor.dtype)
+    with tensor.path.open("rb", buffering=0) as file:
+        file.seek(tensor.start + start * tensor.dtype.itemsize)
+        _read_exactly(file, bytes_of(flat), tensor)
+    return flat
+
+
+def _read_exactly(file, buffer: memoryview, tensor: StoredTensor) -> None:
+    # Linux hands out at most 2 GiB a call.
+    while len(buffer):
+        count = file.readinto(buffer)
+        if not count:
+            raise ValueError(f"{tensor.path} ended inside tensor {tensor.name}; it has changed since it was opened.")
+        buffer = buffer[count:]
+
+
+def bytes_of(flat: Tensor) -> memoryview:
+    """The memory of a flat contiguous tensor as bytes, without a copy."""
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def plan_shards(tensors: Iterable[StoredTensor], shard_bytes: int) -> list[Shard]:
+    """Deal tensors, in their order, to files of at most `shard_bytes` (a larger tensor has a file of its own)."""
+    if shard_bytes <= 0:
+        raise ValueError(f"shard_bytes={shard_bytes} is not positive; 5 GB is {5 * 10**9}.")
+    groups: list[list[StoredTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if groups[-1] and filled + tensor.nbytes > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.nbytes
+    # Wide dtypes first: then every tensor starts at a multiple of its item size, as a memory map needs it.
+    ordered = [tuple(sorted(group, key=lambda tensor: -tensor.dtype.itemsize)) for group in groups]
+    if len(ordered) == 1:
+        return [Shard(WEIGHTS_NAME, ordered[0])]
+    return [Shard(f"model-{i:05d}-of-{len(ordered):05d}.safetensors", group) for i, group in enumerate(ordered, 1)]
+
+
+def write_shard(path: Path, shard: Shard, blocks: Callable[[StoredTensor], Iterator[Tensor]]) -> str:
+    """Write one safetensors file, header first, then each tensor's flat `blocks` as they come; return its sha256.
+
+    Nothing is held but the block at hand. The file is on the disk, not only in its cache, when this returns.
+    """
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in _pieces(shard, blocks):
+            digest.update(piece)
+            _write(file, piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _write(file, piece: bytes | memoryview) -> None:
+    try:
+        file.write(piece)
+    except OSError as error:
+        # The system's own error does not say which file, nor that nothing is lost.
+        reason = f"{error.strerror}; what is written is kept: mend this and run the same again"
+        raise OSError(error.errno, reason, str(file.name)) from error
+
+
+def _pieces(shard: Shard, blocks: Callable[[StoredTensor], Iterator[Tensor]]) -> Iterator[bytes | memoryview]:
+    yield shard_header(shard)
+    for tensor in shard.tensors:
+        written = 0
+        for block in blocks(tensor):
+            assert block.dtype == tensor.dtype, (tensor.name, block.dtype)
+            written += block.nbytes
+            yield bytes_of(block)
+        assert written == tensor.nbytes, (tensor.name, written, tensor.nbytes)
+
+
+def shard_header(shard: Shard) -> bytes:
+    """The length and the JSON that open a safetensors file."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for tensor in shard.tensors:
+        offsets = [begin, begin + tensor.nbytes]
+        header[tensor.name] = {"dtype": tensor.dtype_name, "shape": tensor.shape, "data_offsets": offsets}
+        begin = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_index(folder: Path, shards: list[Shard]) -> None:
+    """The index of a sharded checkpoint; a single file needs none."""
+    if len(shards) == 1:
+        return
+    weight_map = {tensor.name: shard.filename for shard in shards for tensor in shard.tensors}
+    total_bytes = sum(shard.nbytes for shard in shards)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+class Job:
+    """An output folder in the making, which a killed process can take up again.
+
+    `plan` is all that decides the output's bytes: a job left behind by another plan is a ValueError, not a mixture.
+    `done` maps each finished file in `folder` to what `record` was told of it; `published` says that the last process
+    died between the final rename and the cleaning up. One process at a time: the journal is locked.
+    """
+
+    def __init__(self, out: str | Path, plan: Mapping):
+        self.out = Path(out)
+        self.folder = self.out.with_name(self.out.name + ".partial")
+        self.journal = self.out.with_name(self.out.name + ".partial.jsonl")
+        if not self.journal.exists():
+            self._check_free()
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.journal.open("a+b")
+        try:
+            self._lock()
+            self._take_up(json.loads(json.dumps(plan)))
+        except ValueError:
+            self.close()
+            raise
+
+    def _check_free(self) -> None:
+        for path in (self.out, self.folder):
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise ValueError(f"{path} exists already; choose another name or remove it.")
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{self.folder} is being written by another process; wait for it or stop it.") from error
+
+    def _take_up(self, plan: dict) -> None:
+        self._file.seek(0)
+        # A line without its end was being written when the process died: that part counts as not done.
+        whole = [line for line in self._file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+        self._file.truncate(sum(map(len, whole)))
+        lines = [json.loads(line) for line in whole] or [plan]
+        if lines[0] != plan:
+            changed = sorted(key for key in plan.keys() | lines[0].keys() if plan.get(key) != lines[0].get(key))
+            raise ValueError(
+                f"{self.folder} was left by another job (its {listed(changed)} differ); "
+                f"finish that one, or delete the folder and {self.journal.name}."
+            )
+        self.published = bool(whole) and self.out.exists() and not self.folder.exists()
+        if not self.published:
+            self.folder.mkdir(exist_ok=True)
+        if not whole:
+            self._check_free()
+            self._append(plan)
+        self.done = {line["part"]: line for line in lines[1:] if (self.folder / line["part"]).is_file()}
+
+    def _append(self, line: Mapping) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def record(self, part: str, **facts) -> None:
+        """Note that the file `part` is on the disk, whole."""
+        self.done[part] = {"part": part, **facts}
+        self._append(self.done[part])
+
+    def publish(self) -> None:
+        """Make the finished folder `out`, in one rename, and forget the journal."""
+        if not self.published:
+            for path in [*self.folder.iterdir(), self.folder]:
+                _sync(path)
+            self.folder.rename(self.out)
+            _sync(self.out.parent)
+        self.journal.unlink()
+
+    def abandon(self) -> None:
+        """Forget the journal and all that was written."""
+        self.journal.unlink()
+        shutil.rmtree(self.folder)
+
+    def close(self) -> None:
+        """Let go of the lock; what is written stays for the next process."""
+        self._file.close()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """OSError before the first byte rather than hours later, if the disk cannot hold what is still to be written."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        reason = f"{needed_bytes / 1e9:.2f} GB are still to be written and {free_bytes / 1e9:.2f} GB are free"
+        raise OSError(errno.ENOSPC, f"{reason}; free some space and run the same again", str(folder))
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """Names for an error message: the first few, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
