@@ -71,7 +71,7 @@ def attention_core(tokens: int) -> Callable[[], None]:
 
     def run() -> None:
         for latent, rope in zip(latents, ropes):
-            torch.baddbmm(query @ latent.mT, query_rope, rope.mT)
+            torch.baddbmm(latent @ query.mT, rope, query_rope.mT)
             weights @ latent
 
     return run
