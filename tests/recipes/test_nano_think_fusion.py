@@ -1,0 +1,149 @@
+"""Does the nano recipe run end to end, and does a killed run end with the same numbers as an undisturbed one?"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling_axk1 import AxK1ForCausalLM
+from recipes import nano_think_fusion as recipe
+from recipes.nano_problems import draw_problems
+
+ROOT = Path(recipe.__file__).parents[1]
+OPTIONS = ["--scale", "0.004", "--threads", "1"]
+STAGES = ["tokenizer", "base", "reasoning", "instruct", "merged", "fused", "evaluation", "stock"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An undisturbed run: its folder and results."""
+    out = tmp_path_factory.mktemp("straight")
+    threads = torch.get_num_threads()
+    results = recipe.main(["--out", str(out), *OPTIONS])
+    torch.set_num_threads(threads)
+    return out, results
+
+
+def without_times(results):
+    return json.loads(
+        json.dumps(results),
+        object_hook=lambda d: {k: v for k, v in d.items() if k not in ("elapsed_s", "seconds_per_answer")},
+    )
+
+
+def test_every_stage_ends_in_a_folder_and_the_report_shows_the_result(straight):
+    out, results = straight
+    assert list(results) == STAGES
+    assert sorted(path.name for path in out.iterdir()) == sorted([*STAGES, "settings.json", "report.html"])
+    page = (out / "report.html").read_text()
+    for row in recipe.mode_table(results["evaluation"]["modes"]):
+        assert all(str(value) in page for value in row.values())
+    assert page.count("<svg") == 4 and "http" not in page
+    assert results["stock"]["question"].splitlines()[0] in page
+
+
+def test_the_model_is_ours_here_and_transformers_own_there(straight):
+    out, results = straight
+    assert type(recipe.AutoModelForCausalLM.from_pretrained(out / "fused")) is AxK1ForCausalLM
+    assert results["stock"]["class"] == "transformers.models.axk1.modeling_axk1.AXK1ForCausalLM"
+
+
+def test_both_modes_are_trained_and_measured(straight):
+    _, results = straight
+    assert [row["mode"] for row in results["evaluation"]["modes"]] == ["thinking", "non-thinking"]
+    last = results["fused"]["history"][-1]
+    assert last["loss_thinking"] > 0 and last["loss_non_thinking"] > 0
+    assert "loss_thinking" not in results["instruct"]["history"][-1]
+    assert "loss_non_thinking" not in results["reasoning"]["history"][-1]
+    for load in results["evaluation"]["expert_load"].values():
+        assert [len(layer) for layer in load] == [8, 8]
+        assert [sum(layer) for layer in load] == pytest.approx([1.0, 1.0])
+
+
+def test_merged_weights_are_four_fifths_reasoning(straight):
+    out, _ = straight
+    stages = ("reasoning", "instruct", "merged")
+    reasoning, instruct, merged = (load_file(out / stage / "model.safetensors") for stage in stages)
+    assert merged.keys() == reasoning.keys()
+    apart = 0.0
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, 0.8 * reasoning[name] + 0.2 * instruct[name], rtol=1e-6, atol=1e-7)
+        apart = max(apart, (reasoning[name] - instruct[name]).abs().max().item())
+    assert apart > 1e-4, "vacuous: the two models are the same"
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(straight, tmp_path):
+    out, results = straight
+    command = [sys.executable, "-m", "recipes.nano_think_fusion", "--out", str(tmp_path), *OPTIONS]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "instruct.unfinished").exists():
+        assert child.poll() is None and time.monotonic() < deadline, f"exit code {child.poll()} before the third stage"
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert (tmp_path / "reasoning").exists() and not (tmp_path / "merged").exists()
+    kept = (tmp_path / "reasoning" / "result.json").read_text()
+    resumed = recipe.main(["--out", str(tmp_path), *OPTIONS])
+    assert (tmp_path / "reasoning" / "result.json").read_text() == kept
+    assert without_times(resumed) == without_times(results)
+    for stage in ("base", "fused"):
+        ours, theirs = (load_file(folder / stage / "model.safetensors") for folder in (tmp_path, out))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_stage_is_there_complete_or_not_at_all(tmp_path):
+    calls = []
+
+    def work(folder):
+        calls.append(folder)
+        assert list(folder.iterdir()) == [], "rests of a killed attempt"
+        (folder / "half").write_text("x")
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return {"loss": 0.25}
+
+    with pytest.raises(KeyboardInterrupt):
+        recipe.run_stage(tmp_path, "stage", work)
+    assert not (tmp_path / "stage").exists()
+    first = recipe.run_stage(tmp_path, "stage", work)
+    assert first["loss"] == 0.25 and recipe.run_stage(tmp_path, "stage", work) == first and len(calls) == 2
+
+
+def test_a_folder_holds_one_run_only(tmp_path):
+    settings = recipe.Settings()
+    recipe.keep_settings(tmp_path, settings)
+    recipe.keep_settings(tmp_path, settings)
+    with pytest.raises(ValueError, match="other settings"):
+        recipe.keep_settings(tmp_path, settings.scaled(0.5))
+
+
+def test_splits_share_no_question():
+    splits = recipe.draw_splits(recipe.Settings().scaled(0.01))
+    questions = [{problem.question for problem in split} for split in vars(splits).values()]
+    assert all(questions) and sum(map(len, questions)) == len(set().union(*questions))
+    assert len(splits.test) == 5
+
+
+def test_every_answer_fits_the_generation_limit(straight):
+    out, _ = straight
+    tokenizer = recipe.AutoTokenizer.from_pretrained(out / "tokenizer")
+    problems = draw_problems(1000, seed=99)
+    lengths = [len(tokenizer(f"{p.trace}</think>{p.answer}<|im_end|>").input_ids) for p in problems]
+    assert max(lengths) < recipe.Settings.max_new_tokens
+
+
+def test_help_names_every_stage(capsys):
+    with pytest.raises(SystemExit):
+        recipe.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(stage in said for stage in STAGES)

@@ -1,0 +1,178 @@
+"""What is the Mode-Overlap Dataset (MOD), and is a given one sound? The same prompt, once thinking and once direct.
+
+Trained on both modes with *disjoint* prompts, a model confuses them (format error 96% in thinking mode); with the same
+prompts in both modes it does not (0.37%).  [authors' post on reasoning-mode selection]
+
+A row is what TRL's SFTTrainer reads:
+  prompt      a list of messages, or a text that already ends in the mode's control token
+  completion  in the prompt's form; thinking: `thought</think>answer`, non-thinking: `answer`
+  chat_template_kwargs  {"enable_thinking": bool}, by which the chat template ends the prompt with the control token;
+                        always present, since TRL raises a TypeError on None
+"""
+
+import json
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from trainers.tokenizer import END_THINK, THINK
+
+
+def completion_text(completion: str | list[dict]) -> str:
+    """The text of a completion. A message's `reasoning_content` is written out as `thought</think>answer`."""
+    if isinstance(completion, str):
+        return completion
+    if len(completion) != 1 or completion[0].get("role") != "assistant":
+        raise ValueError(f"A completion must be one assistant message, got {completion!r}.")
+    thought, answer = completion[0].get("reasoning_content"), completion[0]["content"]
+    return f"{thought}{END_THINK}{answer}" if thought else answer
+
+
+def split_completion(completion: str | list[dict]) -> tuple[str, str]:
+    """Thought and answer of a thinking completion, `[<think>]thought</think>answer`. ValueError if it is not one."""
+    text = completion_text(completion)
+    thought, closed, answer = text.removeprefix(THINK).partition(END_THINK)
+    if not closed or any(tag in thought + answer for tag in (THINK, END_THINK)):
+        raise ValueError(f"A thinking completion holds one {END_THINK} and no further tag, got {text!r}.")
+    return thought, answer
+
+
+def prompt_key(prompt: str | list[dict]) -> str:
+    """What makes two prompts the same prompt: everything but the control token that ends a text prompt."""
+    if isinstance(prompt, str):
+        return prompt.removesuffix(THINK).removesuffix(END_THINK)
+    return json.dumps([[message["role"], message["content"]] for message in prompt], ensure_ascii=False)
+
+
+def make_row(prompt: str | list[dict], answer: str, thought: str | None = None) -> dict:
+    """One row: thinking if a thought is given, else non-thinking."""
+    thinking = thought is not None
+    text = f"{thought}{END_THINK}{answer}" if thinking else answer
+    if isinstance(prompt, str):
+        # No template renders a text prompt, so the control token has to stand in it.
+        prompt, completion = prompt_key(prompt) + (THINK if thinking else END_THINK), text
+    else:
+        completion = [{"role": "assistant", "content": text}]
+    return {"prompt": prompt, "completion": completion, "chat_template_kwargs": {"enable_thinking": thinking}}
+
+
+def build_mode_overlap(thinking_rows: Iterable[dict], direct_rows: Iterable[dict] | None = None) -> list[dict]:
+    """Pair every prompt's thinking answer with a direct one: two neighbouring rows a prompt, thinking first.
+
+    Rows are {"prompt", "completion"}. Without `direct_rows` the direct answer is the thinking one with its thought cut
+    out (the authors' cheap variant); with them the two sources are joined by prompt. One pair a prompt: the first row
+    of each source counts. What is left out (no partner, repeated) is warned about with its numbers.
+    """
+    thinking, repeated = _first_by_prompt(thinking_rows)
+    answers = {key: split_completion(row["completion"]) for key, row in thinking.items()}
+    if direct_rows is None:
+        direct = {key: answer for key, (_, answer) in answers.items()}
+    else:
+        first, again = _first_by_prompt(direct_rows)
+        direct, repeated = {key: completion_text(row["completion"]) for key, row in first.items()}, repeated + again
+    alone = [len(thinking.keys() - direct.keys()), len(direct.keys() - thinking.keys())]
+    if repeated or any(alone):
+        warnings.warn(
+            f"Left out of the Mode-Overlap Dataset: {alone[0]} prompts that have only a thinking answer, {alone[1]} "
+            f"that have only a direct one, {repeated} rows that repeat a prompt; {len(thinking) - alone[0]} pairs are kept.",
+            stacklevel=2,
+        )
+    pairs = []
+    for key, row in thinking.items():
+        if key in direct:
+            thought, answer = answers[key]
+            pairs += [make_row(row["prompt"], answer, thought), make_row(row["prompt"], direct[key])]
+    return pairs
+
+
+def _first_by_prompt(rows: Iterable[dict]) -> tuple[dict[str, dict], int]:
+    first, repeated = {}, 0
+    for row in rows:
+        repeated += first.setdefault(prompt_key(row["prompt"]), row) is not row
+    return first, repeated
+
+
+@dataclass
+class ModeOverlapReport:
+    """Counts of a MOD, and for each defect the rows that have it (their numbers; examples in `str(report)`)."""
+
+    rows: Sequence[dict]
+    prompts: int
+    rows_per_mode: dict[str, int]
+    tokens_per_mode: dict[str, int]  # of the completions
+    defects: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def thinking_token_share(self) -> float:
+        return self.tokens_per_mode["thinking"] / max(sum(self.tokens_per_mode.values()), 1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.prompts} prompts, {self.rows_per_mode['thinking']} thinking rows and "
+            f"{self.rows_per_mode['non-thinking']} non-thinking ones; "
+            f"{self.thinking_token_share:.1%} of the completions' tokens are thinking."
+        ]
+        for name, found in self.defects.items():
+            lines.append(f"{name}: {len(found)} rows, e.g. row {found[0]}: {json.dumps(self.rows[found[0]])[:300]}")
+        return "\n".join(lines)
+
+    def require_sound(self) -> None:
+        if self.defects:
+            raise ValueError(f"The Mode-Overlap Dataset has defects; mend or drop these rows.\n{self}")
+
+
+def validate_mode_overlap(
+    rows: Iterable[dict], *, held_out: Iterable[str | list[dict]] = (), count_tokens: Callable[[str], int] = len
+) -> ModeOverlapReport:
+    """Look for every defect that a MOD can have; nothing is raised (see `ModeOverlapReport.require_sound`).
+
+    held_out: prompts that must not occur here (the test split). count_tokens: tokens of a text; characters by default.
+    """
+    rows = list(rows)
+    found = defaultdict(list)
+    held_out_keys = {prompt_key(prompt) for prompt in held_out}
+    modes_of_prompt = defaultdict(set)
+    seen, rows_per_mode, tokens_per_mode = set(), Counter(), Counter()
+    for number, row in enumerate(rows):
+        thinking = (row.get("chat_template_kwargs") or {}).get("enable_thinking")
+        if not isinstance(thinking, bool):
+            found["chat_template_kwargs without a true or false enable_thinking"].append(number)
+            continue
+        key, text = prompt_key(row["prompt"]), completion_text(row["completion"])
+        mode = "thinking" if thinking else "non-thinking"
+        rows_per_mode[mode] += 1
+        tokens_per_mode[mode] += count_tokens(text)
+        modes_of_prompt[key].add(thinking)
+        for name in _defects_of_row(row["prompt"], text, thinking):
+            found[name].append(number)
+        if (key, thinking, text) in seen:
+            found["duplicate of an earlier row"].append(number)
+        seen.add((key, thinking, text))
+        if key in held_out_keys:
+            found["prompt of the held-out split"].append(number)
+    for number, row in enumerate(rows):
+        if len(modes_of_prompt.get(prompt_key(row["prompt"]), ())) == 1:
+            found["prompt in one mode only"].append(number)
+    both = {mode: rows_per_mode[mode] for mode in ("thinking", "non-thinking")}
+    tokens = {mode: tokens_per_mode[mode] for mode in both}
+    return ModeOverlapReport(rows, len(modes_of_prompt), both, tokens, dict(found))
+
+
+def _defects_of_row(prompt: str | list[dict], text: str, thinking: bool) -> list[str]:
+    defects = []
+    thought, closed, answer = text.partition(END_THINK)
+    if isinstance(prompt, str) and not prompt.endswith(THINK if thinking else END_THINK):
+        defects.append("text prompt without its mode's control token at the end")
+    if not thinking:
+        answer = text
+        if THINK in text or END_THINK in text:
+            defects.append("tag in a direct answer")
+    elif not closed or THINK in text or END_THINK in answer:
+        # <think> is part of the prompt: a completion that starts with it would write it twice.
+        defects.append("thinking completion that does not close its thought exactly once")
+    elif not thought.strip():
+        defects.append("empty thought")
+    if not answer.strip():
+        defects.append("empty answer")
+    return defects
