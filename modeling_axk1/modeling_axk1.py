@@ -45,6 +45,13 @@ ALL_EXPERTS_FUNCTIONS.register("axk1", axk1_experts_forward)
 register_checkpoint_conversion_mapping("axk1", get_checkpoint_conversion_mapping("axk1"), overwrite=True)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x) * weight and 1 / rms(x); the statistic in fp32, the product in x's dtype.  [Zhang & Sennrich 2019]"""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return weight * (wide * scale).to(x.dtype), scale
+
+
 class RMSNormFunction(torch.autograd.Function):
     """The norm with its gradient written out: it keeps x and one number a token, where autograd keeps three copies of x.
 
@@ -53,10 +60,9 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = (norm.square() / x.shape[-1] + eps).rsqrt()
+        output, scale = rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return weight * (x * scale).to(x.dtype)
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -72,15 +78,15 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class AxK1RMSNorm(nn.Module):
-    """x / rms(x) * weight; the statistic in fp32, the product in x's dtype.  [Zhang & Sennrich 2019]"""
-
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return RMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)
+        if torch.is_grad_enabled():
+            return RMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)[0]
 
 
 class AxK1UnusedNorm(AxK1RMSNorm):
@@ -127,19 +133,29 @@ class AxK1RotaryEmbedding(nn.Module):
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
 
+def pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of the first and the second members of the pairs that RoPE rotates."""
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x in one new tensor, its last entries turned by the angles (half as many) of cos and sin."""
+    half = cos.shape[-1]
+    x1, x2 = pairs(x[..., -2 * half :], interleaved)
+    output = x.clone(memory_format=torch.contiguous_format)
+    output[..., -2 * half : -half] = x1 * cos - x2 * sin
+    output[..., -half:] = x2 * cos + x1 * sin
+    return output
+
+
 class RotateFunction(torch.autograd.Function):
-    """RoPE on the last entries of each head, in one new tensor: no split, concatenation or zero-filled gradient between."""
+    """RoPE with its gradient written out: no split, concatenation or zero-filled gradient in between."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        half = cos.shape[-1]
-        x1, x2 = pairs(x[..., -2 * half :], interleaved)
-        output = x.clone()
-        output[..., -2 * half : -half] = x1 * cos - x2 * sin
-        output[..., -half:] = x2 * cos + x1 * sin
-        return output
+        return rotated(x, cos, sin, interleaved)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -154,18 +170,14 @@ class RotateFunction(torch.autograd.Function):
         return grad_x, None, None, None
 
 
-def pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Views of the first and the second members of the pairs that RoPE rotates."""
-    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-
-
 def rotate(x_BQND: Tensor, cos_BQD: Tensor, sin_BQD: Tensor, interleaved: bool) -> Tensor:
     """Apply RoPE to the last entries of each head, as many as cos has; the entries before them stay.
 
     Interleaved pairs (x0, x1), (x2, x3) come out as halves, for queries and keys alike.
     """
     half = cos_BQD.shape[-1] // 2
-    return RotateFunction.apply(x_BQND, cos_BQD[:, :, None, :half], sin_BQD[:, :, None, :half], interleaved)
+    turn = RotateFunction.apply if torch.is_grad_enabled() else rotated
+    return turn(x_BQND, cos_BQD[:, :, None, :half], sin_BQD[:, :, None, :half], interleaved)
 
 
 def yarn_softmax_scale(rope_parameters: dict) -> float:
@@ -223,16 +235,17 @@ class AxK1Attention(nn.Module):
         self.layer_idx = layer_idx
         self.attention_dropout = config.attention_dropout
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.latent, self.interleaved = config.kv_lora_rank, config.rope_interleave
         self.num_key_value_groups = 1  # read by transformers' attention functions
         self.is_causal = True
         self.scaling = config.qk_head_dim**-0.5 * yarn_softmax_scale(config.rope_parameters)
-        hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+        hidden, heads = config.hidden_size, config.num_attention_heads
         self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=config.attention_bias)
         self.q_a_layernorm = AxK1RMSNorm(config.q_lora_rank)
         self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, latent + self.rope, bias=config.attention_bias)
-        self.kv_a_layernorm = AxK1RMSNorm(latent)
-        self.kv_b_proj = nn.Linear(latent, heads * (self.nope + self.value), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=config.attention_bias)
+        self.kv_a_layernorm = AxK1RMSNorm(self.latent)
+        self.kv_b_proj = nn.Linear(self.latent, heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(heads * self.value, hidden, bias=config.attention_bias)
 
     def forward(
@@ -245,10 +258,10 @@ class AxK1Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         B, Q, _ = hidden_states.shape
         q_latent = self.q_a_layernorm(self.q_a_proj(hidden_states))
-        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.config.kv_lora_rank, self.rope], dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.latent, self.rope], dim=-1)
         # One "head" each, so that every kind of cache layer can hold them.
         latent_B1SL = self.kv_a_layernorm(latent).view(B, 1, Q, -1)
-        k_rope = rotate(k_rope.view(B, Q, 1, -1), *position_embeddings, self.config.rope_interleave)
+        k_rope = rotate(k_rope.view(B, Q, 1, -1), *position_embeddings, self.interleaved)
         k_rope_B1SD = k_rope.transpose(1, 2)
         if past_key_values is not None:
             latent_B1SL, k_rope_B1SD = past_key_values.update(latent_B1SL, k_rope_B1SD, self.layer_idx)
@@ -265,7 +278,7 @@ class AxK1Attention(nn.Module):
     def queries(self, q_latent: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """[B, N, Q, nope + rope], the last part rotated."""
         q_BQND = self.q_b_proj(q_latent).view(*q_latent.shape[:2], -1, self.nope + self.rope)
-        return rotate(q_BQND, *position_embeddings, self.config.rope_interleave).transpose(1, 2)
+        return rotate(q_BQND, *position_embeddings, self.interleaved).transpose(1, 2)
 
     def attend_expanded(self, q_latent, latent_B1SL, k_rope_B1SD, position_embeddings, attention_mask, **kwargs):
         """Keys and values for every head from every latent, then any attention function of transformers."""
@@ -288,9 +301,9 @@ class AxK1Attention(nn.Module):
         spells_out = isinstance(attention_mask, BlockMask) or (attention_mask is not None and attention_mask.dim() == 4)
         if queries > 1 and not spells_out:
             return False
-        latent, pairs = self.config.kv_lora_rank, queries * keys
-        absorbed = queries * latent * (self.nope + self.value) + pairs * (2 * latent + self.rope)
-        expanded = keys * latent * (self.nope + self.value) + pairs * (self.nope + self.rope + self.value)
+        up, pairs = self.latent * (self.nope + self.value), queries * keys
+        absorbed = queries * up + pairs * (2 * self.latent + self.rope)
+        expanded = keys * up + pairs * (self.nope + self.rope + self.value)
         return absorbed < expanded
 
     def attend_absorbed(self, q_latent, latent_B1SL, k_rope_B1SD, position_embeddings, attention_mask, **kwargs):
@@ -377,8 +390,10 @@ class AxK1TopkRouter(nn.Module):
 
     def __init__(self, config: AxK1Config):
         super().__init__()
-        self.config = config
         experts = config.n_routed_experts
+        self.method, self.top_k = config.topk_method, config.num_experts_per_tok
+        self.groups, self.top_groups = config.n_group, config.topk_group
+        self.normalise, self.scale = config.norm_topk_prob, config.routed_scaling_factor
         self.weight = nn.Parameter(torch.zeros(experts, config.hidden_size))
         bias = torch.zeros(experts, dtype=torch.float32) if config.has_router_bias else None
         self.register_buffer("e_score_correction_bias", bias)
@@ -399,22 +414,22 @@ class AxK1TopkRouter(nn.Module):
         scores_TE = logits_TE.sigmoid()
         expert_TK = self.choose(scores_TE.detach())
         weight_TK = scores_TE.gather(1, expert_TK)
-        if self.config.norm_topk_prob:
+        if self.normalise:
             weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
         if self.training:
             # Overwritten, not added to: a recomputation under gradient checkpointing leaves it right.
             ones = torch.ones_like(expert_TK).flatten()
             self.expert_load.zero_().scatter_add_(0, expert_TK.flatten(), ones)
-        return logits_TE, weight_TK * self.config.routed_scaling_factor, expert_TK
+        return logits_TE, weight_TK * self.scale, expert_TK
 
     def choose(self, scores_TE: Tensor) -> Tensor:
         return choose_experts(
             scores_TE,
             self.e_score_correction_bias,
-            method=self.config.topk_method,
-            groups=self.config.n_group,
-            top_groups=self.config.topk_group,
-            top_k=self.config.num_experts_per_tok,
+            method=self.method,
+            groups=self.groups,
+            top_groups=self.top_groups,
+            top_k=self.top_k,
         )
 
 

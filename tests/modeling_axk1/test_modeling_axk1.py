@@ -285,14 +285,15 @@ def test_choice_of_experts_against_the_obvious_loop(method):
 
 
 def test_router_bias_steers_the_choice_but_never_the_weight():
-    router = AxK1TopkRouter(random_config(1, n_routed_experts=5, num_experts_per_tok=2, norm_topk_prob=True))
+    config = random_config(1, n_routed_experts=5, num_experts_per_tok=2, norm_topk_prob=True)
+    router = AxK1TopkRouter(config)
     router.weight.data.normal_()
-    x = torch.randn(6, router.config.hidden_size)
+    x = torch.randn(6, config.hidden_size)
     router.e_score_correction_bias[3] = 10.0
     logits, weights, chosen = router(x)
     assert (chosen == 3).any(dim=1).all()
     scores = logits.sigmoid().gather(1, chosen)
-    expected = scores / scores.sum(1, keepdim=True) * router.config.routed_scaling_factor
+    expected = scores / scores.sum(1, keepdim=True) * config.routed_scaling_factor
     torch.testing.assert_close(weights, expected)
 
 
