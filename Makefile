@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test check bench clean
 
 demo: $(INSTALLED)
-	$(BIN)/python -m recipes.nano_think_fusion --out runs/nano
+	HF_HUB_OFFLINE=1 $(BIN)/python -m recipes.nano_think_fusion --out runs/nano
 
 # One thread: two OpenMP threads on a busy 2-core machine can be 100 times slower than one.
 test: $(INSTALLED)

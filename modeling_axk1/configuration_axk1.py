@@ -10,6 +10,10 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
+SIZES = (
+    "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads n_shared_experts "
+    "n_routed_experts kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim max_position_embeddings"
+).split()
 
 # YaRN of the released 131,072-token context: factor 4 over 32,768.  [released config]
 K1_ROPE = {
@@ -172,6 +176,7 @@ class AxK1Config(PreTrainedConfig):
         # Derived below; a stale value from a file would bend the RoPE.
         kwargs.pop("head_dim", None)
         kwargs.pop("qk_head_dim", None)
+        check_sizes(self)
         self.topk_method = self.topk_method or "noaux_tc"
         if self.topk_method == "greedy":
             # Ungrouped by definition; written 1/1 so that libraries which always group agree.
@@ -221,6 +226,17 @@ class HubAxK1Config(AxK1Config):
         return AxK1Config.from_dict({**config_dict, "model_type": AxK1Config.model_type}, **kwargs)
 
 
+def check_sizes(config: AxK1Config) -> None:
+    for field in SIZES:
+        value = getattr(config, field)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{field}={value!r} is not a positive whole number; give one.")
+    if config.first_k_dense_replace is not None and config.first_k_dense_replace < 0:
+        raise ValueError(f"first_k_dense_replace={config.first_k_dense_replace} counts layers; use 0 or more.")
+    if not isinstance(config.moe_layer_freq, int | list | None):
+        raise ValueError(f"moe_layer_freq={config.moe_layer_freq!r} is no rule; use a number or a list of 0 and 1.")
+
+
 def layer_types_of(layers: int, first_dense: int | None, freq: int | list[int] | None) -> list[str]:
     """Layer i is sparse from `first_dense` (default 1) on if i % freq == 0, or where the list `freq` holds a 1."""
     if isinstance(freq, list):
@@ -246,6 +262,8 @@ def check(config: AxK1Config) -> None:
         raise ValueError(f"topk_method={config.topk_method!r} is unknown; use one of {', '.join(TOPK_METHODS)}.")
     if config.scoring_func != "sigmoid":
         raise ValueError(f"scoring_func={config.scoring_func!r} is not A.X K1's router; use 'sigmoid'.")
+    if groups < 1:
+        raise ValueError(f"n_group={groups} is not a number of groups; use 1 for ungrouped.")
     if experts % groups:
         raise ValueError(
             f"n_routed_experts={experts} does not split into n_group={groups}; use a divisor of {experts}."

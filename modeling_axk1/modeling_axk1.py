@@ -214,8 +214,8 @@ def is_plain_linear(module: nn.Module) -> bool:
         and type(module.weight) in (nn.Parameter, Tensor)
         and module.bias is None
         and "forward" not in module.__dict__  # accelerate's hooks replace it on the instance
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
     )
 
 
@@ -265,6 +265,9 @@ class AxK1Attention(nn.Module):
         k_rope_B1SD = k_rope.transpose(1, 2)
         if past_key_values is not None:
             latent_B1SL, k_rope_B1SD = past_key_values.update(latent_B1SL, k_rope_B1SD, self.layer_idx)
+            if torch.is_grad_enabled():
+                # A later step may write into the cache's memory, which the backward of this one still has to read.
+                latent_B1SL, k_rope_B1SD = latent_B1SL.clone(), k_rope_B1SD.clone()
 
         if past_key_values is not None and self.absorbs(Q, latent_B1SL.shape[2], attention_mask):
             attend = self.attend_absorbed
@@ -638,7 +641,7 @@ class AxK1PreTrainedModel(PreTrainedModel):
         if missing:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights that its configuration asks for, "
-                f"{missing[0]} the first; use the config.json that belongs to these weights."
+                f"{missing[0]} the first; use the config.json that belongs to these weights, or the class that saved them."
             )
         return (model, info) if output_loading_info else model
 

@@ -133,6 +133,15 @@ def test_bare_load_state_dict_reads_the_disk_layout(shard_size, tmp_path):
     assert same_weights(model, fresh)
 
 
+def test_bare_load_state_dict_onto_the_meta_device(tmp_path):
+    model = ours(random_config(2))
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        fresh = AxK1ForCausalLM(model.config)
+    fresh.load_state_dict(on_disk(tmp_path), assign=True)
+    assert same_weights(model, fresh)
+
+
 def test_bare_load_state_dict_still_reads_its_own_layout():
     model = ours(random_config(2))
     fresh = AxK1ForCausalLM(model.config)

@@ -134,6 +134,11 @@ def test_k1_yarn_scales_cos_and_sin_but_not_the_softmax():
         ({"scoring_func": "softmax"}, "use 'sigmoid'"),
         ({"mlp_layer_types": ["dense"] * 3}, "names 3 layers but num_hidden_layers=61"),
         ({"mlp_layer_types": ["moe"] * 61}, "use 'dense' and 'sparse' only"),
+        ({"q_lora_rank": None}, "q_lora_rank=None is not a positive whole number"),
+        ({"hidden_size": "7168"}, "hidden_size='7168' is not a positive whole number"),
+        ({"first_k_dense_replace": -1}, "use 0 or more"),
+        ({"moe_layer_freq": "x"}, "use a number or a list"),
+        ({"n_group": -1}, "use 1 for ungrouped"),
         ({"moe_layer_freq": [0, 1]}, "names 2 layers but num_hidden_layers=61"),
     ],
 )

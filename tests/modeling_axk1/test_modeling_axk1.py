@@ -219,6 +219,52 @@ class ScaledLinear(torch.nn.Module):
         return 1.3 * self.linear(x)
 
 
+@pytest.mark.parametrize("trained", ["q_b_proj", "kv_b_proj", "o_proj"])
+def test_backward_through_cached_steps_when_little_trains(trained):
+    """The latents need no gradient, yet earlier steps' backward still reads them: nothing may be written over."""
+    model = ours(random_config(4))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f"layers.0.self_attn.{trained}" in name)
+    input_ids, mask = padded_ids(model.config, rows=1)
+    gradients = []
+    for pieces in ([13], [8, 1, 1, 3]):
+        model.zero_grad()
+        cached_logits(model, input_ids, mask, pieces, DynamicCache(config=model.config)).square().sum().backward()
+        gradients.append(getattr(model.model.layers[0].self_attn, trained).weight.grad.clone())
+    assert largest_difference(*gradients) <= GRADIENT * gradients[0].abs().max()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@torch.no_grad()
+def test_packed_rows_and_own_masks_equal_stock(seed):
+    model = ours(random_config(seed, attn_implementation=attn(seed)))
+    twin = stock_twin(model)
+    input_ids, _ = padded_ids(model.config)
+    packed = torch.cat((torch.arange(5), torch.arange(8)))[None].expand(2, -1)
+    options = [{"position_ids": packed, "use_cache": False}]
+    allowed = torch.rand(2, 1, 13, 13) < 0.5
+    allowed |= torch.eye(13, dtype=torch.bool)
+    options.append({"attention_mask": torch.where(allowed, 0.0, torch.finfo(torch.float32).min)})
+    plain = model(input_ids).logits
+    for extra in options:
+        logits, expected = (m(input_ids, **extra).logits for m in (model, twin))
+        assert largest_difference(logits, expected) <= PREFILL
+        assert largest_difference(logits, plain) > 1e-3, "the mask must show"
+
+
+@torch.no_grad()
+def test_bf16_autocast_is_no_less_accurate_than_stock():
+    model = ours(random_config(1))
+    twin = stock_twin(model)
+    input_ids, _ = padded_ids(model.config)
+    truth = model(input_ids).logits
+    errors = []
+    for m in (model, twin):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            errors.append((m(input_ids).logits.float() - truth).norm() / truth.norm())
+    assert 0 < errors[0] <= 1.5 * errors[1]
+
+
 @torch.no_grad()
 def test_cached_equals_full_under_lora():
     from peft import LoraConfig, get_peft_model
