@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .configuration_axk1 import AxK1Config, HubAxK1Config, count_flops, count_parameters
-from .generation_axk1 import ThinkingStreamer, set_thinking_tokens, split_thinking
+from .generation_axk1 import ThinkingSplit, ThinkingStreamer, set_thinking_tokens, split_thinking
 from .modeling_axk1 import AxK1ForCausalLM, AxK1ForSequenceClassification, AxK1Model, AxK1PreTrainedModel
 
 # Transformers ships an `axk1` of its own: exist_ok lets ours take its place, for this process only.
@@ -19,6 +19,7 @@ __all__ = [
     "AxK1ForSequenceClassification",
     "AxK1Model",
     "AxK1PreTrainedModel",
+    "ThinkingSplit",
     "ThinkingStreamer",
     "count_flops",
     "count_parameters",

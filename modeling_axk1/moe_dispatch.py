@@ -192,34 +192,14 @@ def empty_with_zero_rows(weight: Tensor, hits: list[Rows]) -> Tensor:
 
 
 # Under torch.compile(fullgraph=True) the same two functions are opaque operators: their loops depend on the routing.
-@torch.library.custom_op("axk1::cpu_experts", mutates_args=())
-def cpu_experts_kept(
-    x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, keep: bool
-) -> tuple[Tensor, Tensor]:
-    return experts_forward(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep)
+cpu_experts_kept = torch.library.custom_op("axk1::cpu_experts", experts_forward, mutates_args=())
+cpu_experts_backward = torch.library.custom_op("axk1::cpu_experts_backward", experts_backward, mutates_args=())
 
 
 @cpu_experts_kept.register_fake
 def _(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep):
     rows = expert_TK.numel() if keep else 0
     return torch.empty_like(x_TH), x_TH.new_empty(rows, gate_up_E2IH.shape[1])
-
-
-@torch.library.custom_op("axk1::cpu_experts_backward", mutates_args=())
-def cpu_experts_backward(
-    grad_TH: Tensor,
-    x_TH: Tensor,
-    expert_TK: Tensor,
-    weight_TK: Tensor,
-    gate_up_E2IH: Tensor,
-    down_EHI: Tensor,
-    gate_up_P2I: Tensor,
-    need_gate_up: bool,
-    need_down: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return experts_backward(
-        grad_TH, x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, gate_up_P2I, need_gate_up, need_down
-    )
 
 
 @cpu_experts_backward.register_fake

@@ -98,3 +98,29 @@ def padded_ids(config: AxK1Config, rows: int = 2, tokens: int = 13, side: str = 
         hidden = slice(0, 3 * row) if side == "left" else slice(tokens - 3 * row, tokens)
         mask[row, hidden] = 0
     return input_ids, mask
+
+
+def tiny_chat_config(vocab_size: int) -> AxK1Config:
+    """The smallest model that a chat tokenizer can drive."""
+    return AxK1Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.2,
+    )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
-from modeling_axk1 import AxK1Config, AxK1ForCausalLM
+from modeling_axk1 import AxK1ForCausalLM
 from modeling_axk1.generation_axk1 import (
     ThinkingFormat,
     ThinkingIds,
@@ -18,6 +18,7 @@ from modeling_axk1.generation_axk1 import (
     set_thinking_tokens,
     split_thinking,
 )
+from tests.random_models import tiny_chat_config
 from trainers.tokenizer import train_tokenizer
 
 QUESTIONS = ["hello", "what is 12 + 3, and what is 4 * 5?", "세계", "x = 7\ny = x"]
@@ -26,28 +27,7 @@ NEW_TOKENS = 24
 
 
 def tiny_model(tokenizer, seed: int = 0, stretch: float = 5.0) -> AxK1ForCausalLM:
-    config = AxK1Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=None,
-        initializer_range=0.2,
-    )
+    config = tiny_chat_config(len(tokenizer))
     torch.manual_seed(seed)
     model = AxK1ForCausalLM(config).eval()
     set_thinking_tokens(model.generation_config, tokenizer)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from modeling_axk1 import AxK1Config, AxK1ForCausalLM
+from modeling_axk1 import AxK1ForCausalLM
+from tests.random_models import tiny_chat_config
 from trainers.tokenizer import train_tokenizer
 
 
@@ -11,28 +12,7 @@ from trainers.tokenizer import train_tokenizer
 def checkpoint(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("serving") / "tiny-axk1"
     tokenizer = train_tokenizer(["The answer to 12 + 3 is 15.\n", "What is 4 * 5? Let me see.\n"] * 20, 330)
-    config = AxK1Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=None,
-        initializer_range=0.2,
-    )
+    config = tiny_chat_config(len(tokenizer))
     torch.manual_seed(0)
     model = AxK1ForCausalLM(config)
     # The model would only ever say these, so that its text is plain and the tags must be held off by force.
