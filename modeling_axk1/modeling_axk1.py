@@ -48,7 +48,9 @@ register_checkpoint_conversion_mapping("axk1", get_checkpoint_conversion_mapping
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / rms(x) * weight and 1 / rms(x); the statistic in fp32, the product in x's dtype.  [Zhang & Sennrich 2019]"""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    # The norm reads x once and writes nothing of its size, where a mean of squares writes the squares.
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = (norm * norm / x.shape[-1] + eps).rsqrt()
     return weight * (wide * scale).to(x.dtype), scale
 
 
