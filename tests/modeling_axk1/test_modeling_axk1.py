@@ -4,17 +4,21 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, QuantizedCache, StaticCache, cache_utils
+from transformers import BitsAndBytesConfig, DynamicCache, QuantizedCache, StaticCache, cache_utils
 
-from modeling_axk1 import AxK1Config, AxK1ForSequenceClassification, count_flops
+from modeling_axk1 import AxK1Config, AxK1ForCausalLM, AxK1ForSequenceClassification, count_flops
 from modeling_axk1.modeling_axk1 import (
     AxK1Experts,
     AxK1TopkRouter,
     RMSNormFunction,
     choose_experts,
+    is_plain_linear,
     rotate,
     sequence_balance_loss,
 )
@@ -282,24 +286,33 @@ def test_cached_equals_full_under_lora():
     assert largest_difference(steps, full) <= CACHED_STEP
 
 
-@torch.no_grad()
-def test_cached_equals_full_in_four_bit():
-    import bitsandbytes as bnb
+def test_sharded_weights_are_never_read_as_they_stand():
+    """Under tensor parallelism or FSDP2 the parameter is a DTensor, whose local part is not the weight."""
+    attention = ours(random_config(4)).model.layers[0].self_attn
+    assert is_plain_linear(attention.kv_b_proj) and attention.absorbs(1, 9, None)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        attention.kv_b_proj.weight = torch.nn.Parameter(distribute_tensor(attention.kv_b_proj.weight, mesh, [Shard(0)]))
+        assert not attention.absorbs(1, 9, None)
+    finally:
+        dist.destroy_process_group()
 
-    config = random_config(
-        4, hidden_size=64, kv_lora_rank=32, q_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16
-    )
+
+@torch.no_grad()
+def test_cached_equals_full_in_four_bit(tmp_path):
+    # bitsandbytes' CPU kernels want sizes that 32 divides.
+    config = AxK1Config.preset("nano", qk_nope_head_dim=32, qk_rope_head_dim=32, initializer_range=0.2)
     model = ours(config)
+    model.save_pretrained(tmp_path)
+    quantised = AxK1ForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), device_map="cpu"
+    )
+    assert type(quantised.model.layers[0].self_attn.kv_b_proj) is not torch.nn.Linear
     input_ids, mask = padded_ids(config, rows=1)
-    before = model(input_ids).logits
-    for layer in model.model.layers:
-        plain = layer.self_attn.kv_b_proj
-        packed = bnb.nn.Linear4bit(plain.in_features, plain.out_features, bias=False, quant_type="nf4")
-        packed.weight = bnb.nn.Params4bit(plain.weight.data, requires_grad=False, quant_type="nf4")
-        layer.self_attn.kv_b_proj = packed.to("cpu")
-    full = model(input_ids).logits
-    assert largest_difference(full, before) > 1e-3, "quantisation must show"
-    steps = cached_logits(model, input_ids, mask, [10, 1, 1, 1], DynamicCache(config=config))
+    full = quantised(input_ids).logits
+    assert largest_difference(full, model(input_ids).logits) > 1e-3, "quantisation must show"
+    steps = cached_logits(quantised, input_ids, mask, [10, 1, 1, 1], DynamicCache(config=config))
     assert largest_difference(steps, full) <= CACHED_STEP
 
 
