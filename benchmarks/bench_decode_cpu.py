@@ -7,12 +7,11 @@ latents; their logits are compared before anything is timed. The floor, measured
 to the resident set at its peak.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import interleaved_medians_ms, record, show
+from timing import interleaved_medians_ms, options_parser, record, show
 from transformers import DynamicCache
 from transformers.models.axk1.configuration_axk1 import AXK1Config
 from transformers.models.axk1.modeling_axk1 import AXK1ForCausalLM
@@ -91,11 +90,8 @@ def added_memory_mb(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, rounds=9)
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 1024, 16384], help="cached tokens")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--record", action="store_true", help="append the figures to results.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ours, stock = models()

@@ -3,11 +3,10 @@
 512 hidden, 64 experts of 256, top-8, as in the project's stated goals; correctness is checked first, against the eager loop.
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
-from timing import interleaved_medians_ms, record, show
+from timing import interleaved_medians_ms, options_parser, record, show
 
 from modeling_axk1 import AxK1Config
 from modeling_axk1.modeling_axk1 import AxK1Experts
@@ -72,12 +71,9 @@ def bare_matmuls(experts: AxK1Experts, inputs, backward: bool) -> Callable[[], N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, rounds=5)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 2048])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--record", action="store_true", help="append the figures to results.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -3,11 +3,10 @@
 Same configuration and weights; the loss and every gradient are compared before anything is timed.
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
-from timing import interleaved_medians_ms, record, show
+from timing import interleaved_medians_ms, options_parser, record, show
 from transformers.models.axk1.configuration_axk1 import AXK1Config
 from transformers.models.axk1.modeling_axk1 import AXK1ForCausalLM
 
@@ -48,12 +47,9 @@ def check_equal(ours: torch.nn.Module, stock: torch.nn.Module, input_ids: torch.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, rounds=9)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64, help="tokens a row")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--record", action="store_true", help="append the figures to results.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ours, stock = models()

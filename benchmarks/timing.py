@@ -1,5 +1,6 @@
 """How is time measured here?  Candidates take turns, each in bursts; the median of each; one CSV row a figure."""
 
+import argparse
 import csv
 import datetime
 import platform
@@ -17,6 +18,15 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results.csv"
 COLUMNS = "date benchmark case candidate milliseconds ratio_to_peer threads machine torch transformers commit".split()
+
+
+def options_parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each candidate (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--record", action="store_true", help="append the figures to results.csv")
+    return parser
 
 
 def interleaved_medians_ms(

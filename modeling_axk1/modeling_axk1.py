@@ -73,7 +73,7 @@ class RMSNormFunction(torch.autograd.Function):
         unit = x * scale  # fp32, as scale is
         grad = grad.to(unit.dtype)
         product = grad * unit
-        grad_weight = product.flatten(0, -2).sum(dim=0).to(weight.dtype)
+        grad_weight = product.flatten(0, -2).sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         mean = (product @ weight.to(unit.dtype))[..., None] / x.shape[-1]
         grad_x = torch.addcmul(grad * weight, unit, mean, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight, None
