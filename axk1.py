@@ -161,7 +161,9 @@ def _add_convert(commands) -> None:
     command.add_argument("--first-stage-layers", type=int, metavar="N", help="layers of the first stage, where uneven")
     command.add_argument("--last-stage-layers", type=int, metavar="N", help="layers of the last stage, where uneven")
     command.add_argument(
-        "--transformer-engine", action="store_true", help="that spec's names (default: the local spec's)"
+        "--transformer-engine",
+        action=argparse.BooleanOptionalAction,
+        help="that spec's names (default: a Megatron source's own, else the local spec's)",
     )
     command.add_argument("--vocab-divisor", type=int, metavar="N", help="make_vocab_size_divisible_by (default 128)")
     command.add_argument("--iteration", type=int, metavar="N", help="write iter_N (default: release)")

@@ -69,7 +69,6 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "add_qkv_bias": ((False,), "A.X K1's attention has no bias"),
     "rotary_interleaved": ((False,), "Megatron's own MLA is wrong with it (Megatron-LM issue 3900)"),
     "rotary_percent": ((1.0, 1), "A.X K1 rotates the whole of its RoPE part"),
-    "rotary_seq_len_interpolation_factor": ((None, 1), "A.X K1 does not interpolate positions"),
     "use_rope_scaling": ((False,), "A.X K1 has no Llama-3 scaling"),
     "no_rope_freq": ((None, 0), "A.X K1 rotates in every layer"),
     "apply_layernorm_1p": ((False,), "A.X K1's norm weights are not zero-centred"),
@@ -84,6 +83,14 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "activation_func_clamp_value": ((None,), "A.X K1's activation is not clamped"),
     "glu_linear_offset": ((0.0, 0), "A.X K1's SwiGLU has no offset"),
     "softmax_type": (("vanilla",), "A.X K1's softmax has no sink"),
+    "squared_relu": ((False,), "A.X K1's experts are SwiGLU"),
+    "use_mup": ((False,), "A.X K1 scales no activation by its width"),
+    "experimental_attention_variant": ((None,), "A.X K1's attention is plain MLA"),
+    "mtp_use_repeated_layer": ((False,), "each of A.X K1's prediction layers has weights of its own"),
+    # The same names hold rows in another order then, which nothing else shows.
+    "moe_mlp_glu_interleave_size": ((None,), "its gate and up rows lie in alternating blocks"),
+    "moe_shared_expert_glu_interleave_size": ((None,), "its gate and up rows lie in alternating blocks"),
+    "moe_single_grouped_weight": ((False,), "its experts lie in one weight of an unknown order"),
 }
 
 
@@ -226,6 +233,14 @@ def routing_fields(args: Mapping[str, Any], has_bias: bool) -> dict[str, Any]:
 
 def rope_from_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
     said = {name: argument(args, name, default) for name, default in ROPE_DEFAULTS.items()}
+    if "rope_type" not in args and "rotary_scaling_factor" in args and "max_position_embeddings" in args:
+        # Up to megatron-core 0.13 there was neither argument, and YaRN started from the context length.
+        said["original_max_position_embeddings"] = argument(
+            args, "original_max_position_embeddings", args["max_position_embeddings"]
+        )
+    if said["rope_type"] == "yarn" and said["rotary_scaling_factor"] <= 1:
+        # A real run's arguments, without --rope-type: YaRN by a factor of 1 is plain RoPE, to the bit.
+        return {"rope_type": "default", "rope_theta": float(said["rotary_base"])}
     if said["rope_type"] == "rope":
         if said["mscale_all_dim"] and said["rotary_scaling_factor"] > 1:
             raise ValueError(

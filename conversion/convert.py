@@ -401,7 +401,7 @@ def to_megatron(
     format: str = "torch_dist",
     first_stage_layers: int | None = None,
     last_stage_layers: int | None = None,
-    transformer_engine: bool = False,
+    transformer_engine: bool | None = None,
     vocab_divisor: int | None = None,
     iteration: int | None = None,
     reading: Reading = AS_STORED,
@@ -411,15 +411,17 @@ def to_megatron(
 
     format: "torch_dist" (one checkpoint for every layout; the layout is only noted) or "legacy" (rank files). vpp: chunks a
     pipeline stage. etp: tensor parallelism inside experts; tp if None, as in Megatron. transformer_engine: that spec's names,
-    else the local spec's. vocab_divisor: Megatron's make_vocab_size_divisible_by, 128 if neither given nor known. iteration:
-    None writes a `release`, which Megatron loads without optimizer state.
+    or the local spec's; None: a Megatron source's own, else local. vocab_divisor: Megatron's make_vocab_size_divisible_by,
+    128 if neither given nor known. iteration: None writes a `release`, which Megatron loads without optimizer state.
     """
     if format not in ("legacy", "torch_dist"):
         raise ValueError(f"format={format!r} is unknown; use 'torch_dist' or 'legacy'.")
     opened = open_any(source, reading)
     layout = Layout(tp, pp, vpp or 1, ep, etp or tp)
-    check_layout(layout, opened.config)
-    chunks = stage_layers(opened.config.num_hidden_layers, layout, first_stage_layers, last_stage_layers)
+    if format == "legacy":
+        check_layout(layout, opened.config)
+    if transformer_engine is None:
+        transformer_engine = opened.args.get("transformer_impl") == "transformer_engine"
     divisor = vocab_divisor or opened.args.get("make_vocab_size_divisible_by") or 128
     tensors = _padded(opened, divisor * tp)
     args = _arguments(opened, layout, format, transformer_engine, divisor, iteration)
@@ -428,6 +430,7 @@ def to_megatron(
         last_stage_layers,
     )
     if format == "legacy":
+        chunks = stage_layers(opened.config.num_hidden_layers, layout, first_stage_layers, last_stage_layers)
         model = RankFiles(opened.config, opened.rows, tensors, layout, chunks, args, transformer_engine, iteration or 0)
     else:
         model = DistFiles(opened.config, opened.rows, tensors, args, transformer_engine, iteration or 0, shard_bytes)

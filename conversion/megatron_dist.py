@@ -35,7 +35,8 @@ from conversion.weight_map import Row, local_name, modules_with_state, te_name
 from modeling_axk1.configuration_axk1 import AxK1Config
 
 # Of the trained state, only the model is read; what these name is not even opened.
-SKIPPED = re.compile(r"(optimizer|rng_state|rerun_state_machine_state|opt_param_scheduler|chained_)\b.*")
+# (A MoE's optimizer is two in a chain, for dense parameters and for experts.)
+SKIPPED = re.compile(r"(chained_\d+|optimizer|rng_state|rerun_state_machine_state|opt_param_scheduler)\b.*")
 COMMON_STATE = re.compile(r"common_state/shard_\d+_\d+")
 STACKED_LAYERS = re.compile(r"(decoder\.layers\.)([a-z_]\w*\..+)")
 STACKED_EXPERTS = re.compile(r"(.+\.mlp\.experts\.)experts\.(linear_fc[12]\.weight)")

@@ -21,7 +21,7 @@ from torch.serialization import skip_data
 
 from conversion.checkpoint import HashedFile, OutFile, bytes_of
 from conversion.megatron import MegatronSource, drop_state, listed_ranks
-from conversion.ops import Mosaic, blocks, filled, reshape, swap, unstack
+from conversion.ops import Mosaic, blocks, filled, narrow, reshape, swap, unstack
 from conversion.torch_file import Inert, numbers_in, open_torch_file, plain
 from conversion.weight_map import Row, local_name, modules_with_state, shards_of, te_name
 from modeling_axk1.configuration_axk1 import AxK1Config
@@ -32,6 +32,8 @@ FILENAMES = ("model_optim_rng.pt", "model_rng.pt")
 IN_CHUNK = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
 IN_EXPERTS = re.compile(r"(.+\.mlp\.experts\.)local_experts\.(\d+)(\..+)")
 GROUPED = re.compile(r"(.+\.mlp\.experts\.)weight([12])")
+# megatron-core 0.19, mla_down_proj_fusion.
+FUSED_DOWN = re.compile(r"(.+\.self_attention\.)linear_qkv_down_proj\.weight")
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -221,6 +223,12 @@ def _expert_shards(
         shape = (local, value.shape[0], width) if found[2] == "1" else (local, width, value.shape[1])
         for i, matrix in enumerate(unstack(reshape(value, shape))):
             yield f"{found[1]}local_experts.{ep * local + i}.linear_fc{found[2]}.weight", tp % layout.etp, swap(matrix)
+    elif found := FUSED_DOWN.fullmatch(name):
+        # Each rank's rows of both down projections, one above the other, as gate and up are.
+        query, latent = (source.args.get(key) or 0 for key in ("q_lora_rank", "kv_lora_rank"))
+        rows = query * value.shape[0] // (query + latent + (source.args.get("qk_pos_emb_head_dim") or 0))
+        yield f"{found[1]}linear_q_down_proj.weight", tp, narrow(value, 0, 0, rows)
+        yield f"{found[1]}linear_kv_down_proj.weight", tp, narrow(value, 0, rows, value.shape[0] - rows)
     else:
         yield name, tp, value
 

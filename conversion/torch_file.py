@@ -54,6 +54,9 @@ INERT_NAMES = {
     "builtins.getattr",
     *(f"builtins.{name}" for name in "list dict tuple int float bool str bytes object".split()),
     "torch.device",
+    "torch.Tensor",
+    "torch._tensor.Tensor",
+    "torch.nn.parameter.Parameter",
     "torch.Generator",
     "torch._C.Generator",
     "torch.serialization._get_layout",
@@ -178,12 +181,20 @@ def _first(data, *_):
     return data
 
 
+def _rebuild_from_type(rebuild, kind, args, state, *_) -> Mosaic:
+    """A tensor with attributes, as optimizers keep; only torch's own ways to rebuild one are gone."""
+    if rebuild not in REBUILDERS.values():
+        raise ValueError(f"a tensor is to be rebuilt by {rebuild!r}")
+    return rebuild(*args)
+
+
 REBUILDERS = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
 }
 
 

@@ -88,7 +88,8 @@ TE_NAMES = {
     "self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
 }
 TE_DENSE_NAMES = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
-LOCAL_NAMES = {te: local for local, te in (TE_NAMES | TE_DENSE_NAMES).items()}
+FUSED_NORM = {"input_layernorm.weight": "self_attention.linear_qkv_down_proj.layer_norm_weight"}
+LOCAL_NAMES = {te: local for local, te in (TE_NAMES | TE_DENSE_NAMES | FUSED_NORM).items()}
 TE_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")
 IN_BLOCK = re.compile(r"(decoder\.layers\.\d+\.|mtp\.layers\.\d+\.transformer_layer\.)(.*)")
 LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")

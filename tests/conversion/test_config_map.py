@@ -60,6 +60,14 @@ def test_an_absent_rope_type_is_megatrons_yarn():
     assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 40.0, 4096)
 
 
+def test_arguments_of_real_runs():
+    """Parser defaults: no --rope-type is YaRN by a factor of 1, plain RoPE; up to 0.13 YaRN starts from the context length."""
+    assert rope_from_arguments({"rope_type": None, "rotary_scaling_factor": 1.0})["rope_type"] == "default"
+    old = {"rotary_scaling_factor": 4.0, "mscale_all_dim": 1.0, "max_position_embeddings": 32768}
+    assert rope_from_arguments(old)["original_max_position_embeddings"] == 32768
+    assert rope_from_arguments(old | {"rope_type": None})["original_max_position_embeddings"] == 4096
+
+
 @pytest.mark.parametrize("mscale", [0.0, 0.707, 1.0])
 @pytest.mark.parametrize("all_dim", [0.0, 0.707, 1.0])
 def test_transformers_scales_cos_and_sin_as_megatron_does(mscale, all_dim):
@@ -78,7 +86,13 @@ def test_transformers_scales_cos_and_sin_as_megatron_does(mscale, all_dim):
 
 @pytest.mark.parametrize("name", [*REQUIRED, *REFUSED])
 def test_settings_that_are_not_axk1s_are_refused_by_name(name):
-    wrong = {"window_size": (128, 0), "softmax_type": "learnable", "glu_linear_offset": 1.0, "no_rope_freq": 4}
+    wrong = {
+        "window_size": (128, 0),
+        "moe_single_grouped_weight": True,
+        "softmax_type": "learnable",
+        "glu_linear_offset": 1.0,
+        "no_rope_freq": 4,
+    }
     config = AxK1Config.preset("nano")
     right = (REQUIRED | REFUSED)[name][0]
     value = wrong.get(

@@ -127,6 +127,26 @@ def test_without_common_pt_the_state_is_among_the_chunks(copied, tmp_path):
     assert verify(SOURCE, tmp_path / "hf", progress=False) == []
 
 
+def test_the_trained_state_is_not_even_opened(copied, tmp_path):
+    """Names as a real run with a distributed optimizer writes them: a MoE's is a chain of two."""
+
+    def add(metadata):
+        entry = metadata.state_dict_metadata["decoder.final_layernorm.weight"]
+        for name in (
+            "chained_0.optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0.param",
+            "optimizer.state.exp_avg.decoder.layers.0.input_layernorm.weight",
+        ):
+            metadata.state_dict_metadata[name] = entry
+            metadata.storage_data[MetadataIndex(name, torch.Size([0]))] = _StorageInfo("nowhere.distcp", 0, 10)
+        for name in ("rng_state/shard_0.1.0_1.2.1", "rerun_state_machine_state/shard_1_2"):
+            metadata.state_dict_metadata[name] = BytesStorageMetadata()
+            metadata.storage_data[MetadataIndex(name)] = _StorageInfo("nowhere.distcp", 0, 10)
+
+    edit_metadata(copied, add)
+    assert open_it(copied).facts["skipped"] == ["chained_0", "optimizer", "rerun_state_machine_state", "rng_state"]
+    convert_to_hf(copied, tmp_path / "hf", progress=False)
+
+
 class Evil:
     def __reduce__(self):
         return (os.system, ("touch hostile-was-here",))

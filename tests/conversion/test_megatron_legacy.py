@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from conversion import convert_to_hf, convert_to_megatron
+from conversion import convert_to_hf, convert_to_megatron, verify
 from conversion.megatron import find_iteration
 from conversion.megatron_legacy import Layout, check_layout, open_legacy, stage_layers
 from conversion.weight_map import POST_NORM_NAMES
@@ -179,6 +179,23 @@ def _args(file):
         if hasattr(args, name):
             delattr(args, name)
     return {"args": args} if args is not None else {}
+
+
+def test_fused_down_projections(tmp_path):
+    """megatron-core 0.19's mla_down_proj_fusion: each rank's rows of both, one above the other, and the norm before them."""
+    source = FIXTURES / "tp2_pp2_ep2_etp1" / "legacy"
+    convert_to_megatron(source, tmp_path / "out", format="legacy", tp=2, progress=False)
+    for path in (tmp_path / "out").rglob("*.pt"):
+        file = load_rank_file(path)
+        for layer in range(4):
+            prefix = f"decoder.layers.{layer}."
+            attention = f"{prefix}self_attention.linear_"
+            downs = [file["model"].pop(f"{attention}{kind}_down_proj.weight") for kind in ("q", "kv")]
+            file["model"][f"{attention}qkv_down_proj.weight"] = torch.cat(downs)
+            norm = file["model"].pop(f"{prefix}input_layernorm.weight")
+            file["model"][f"{attention}qkv_down_proj.layer_norm_weight"] = norm
+        torch.save(file, path)
+    assert verify(source, tmp_path / "out", progress=False) == []
 
 
 def test_fp8_state_wants_consent(copied, tmp_path):

@@ -30,6 +30,9 @@ def test_tensors_are_what_torch_loads(tmp_path, dtype):
     base = torch.randn(6, 8).to(dtype)
     content = {"whole": base, "row": base[2], "column": base[:, 3:5], "turned": base.t(), "scalar": base[0, 0]}
     content["parameter"] = torch.nn.Parameter(torch.randn(3))
+    # As optimizers keep their copies: a tensor with an attribute of its own.
+    content["marked"] = torch.nn.Parameter(torch.randn(2, 2))
+    content["marked"].shared = True
     path = saved(tmp_path, content)
     for name, truth in torch.load(path).items():
         mosaic = open_torch_file(path)[name]
