@@ -228,9 +228,10 @@ def plan_shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> list[Shard]:
 
 
 class HashedFile:
-    """A file in the making: hashes what it is given; on the disk, not only in its cache, when the `with` block ends well.
+    """A file in the making: hashes what it is given. OSError says which file, and that nothing is lost.
 
-    OSError says which file, and that nothing is lost.
+    It may still be in the system's cache, as after `cp`: `Job.publish` waits for the disk once, for all files, and a job that is
+    taken up again trusts a file by its hash.
     """
 
     def __init__(self, path: Path, mode: str = "wb"):
@@ -253,10 +254,7 @@ class HashedFile:
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
-            with self.file:
-                if error is None:
-                    self.file.flush()
-                    os.fsync(self.file.fileno())
+            self.file.close()
         except OSError as late:
             # A full disk may show itself only here, where what is buffered goes out.
             error = late
@@ -410,13 +408,12 @@ class OutFile:
 def write_files(job: Job, files: list[OutFile], *, workers: int, progress: bool, label: str) -> None:
     """Write the files that the job has not yet, `workers` at a time, each recorded as soon as it is whole.
 
-    OSError before the first byte if the disk cannot hold them; an error in one stops all.
+    What an earlier process recorded is read once more: a power cut may have taken what was in the cache. OSError before the
+    first byte if the disk cannot hold the rest; an error in one file stops all.
     """
-    missing = [file for file in files if file.name not in job.done]
-    total_bytes, missing_bytes = (sum(file.nbytes for file in some) for some in (files, missing))
-    check_space(job.folder, missing_bytes)
+    check_space(job.folder, sum(file.nbytes for file in files if file.name not in job.done))
     lock, stopped = threading.Lock(), threading.Event()
-    with progress_bar(label, total_bytes, total_bytes - missing_bytes, progress) as bar:
+    with progress_bar(label, sum(file.nbytes for file in files), progress) as bar:
 
         def tick(block: Tensor) -> None:
             if stopped.is_set():
@@ -426,22 +423,42 @@ def write_files(job: Job, files: list[OutFile], *, workers: int, progress: bool,
 
         def write(file: OutFile) -> Mapping:
             path = job.folder / file.name
+            if file.name in job.done and sha256_of(path) == job.done[file.name]["sha256"]:
+                with lock:
+                    bar.update(file.nbytes)
+                return job.done[file.name]
             path.parent.mkdir(parents=True, exist_ok=True)
             return file.write(path, tick)
 
-        with ThreadPoolExecutor(workers) as pool:
-            waiting = {pool.submit(write, file): file for file in missing}
-            try:
-                for future in as_completed(waiting):
-                    job.record(waiting[future].name, **future.result())
-            except BaseException:
-                stopped.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+        for name, facts in _written(write, files, workers, stopped):
+            if facts is not job.done.get(name):
+                job.record(name, **facts)
 
 
-def progress_bar(label: str, total_bytes: int, done_bytes: int, progress: bool) -> tqdm:
-    return tqdm(total=total_bytes, initial=done_bytes, unit="B", unit_scale=True, desc=label, disable=not progress)
+def _written(
+    write: Callable[[OutFile], Mapping], files: list[OutFile], workers: int, stopped: threading.Event
+) -> Iterator[tuple[str, Mapping]]:
+    """(name, facts) of each file as soon as it is written; one worker is this thread itself."""
+    if workers == 1:
+        yield from ((file.name, write(file)) for file in files)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = {pool.submit(write, file): file.name for file in files}
+        try:
+            yield from ((waiting[future], future.result()) for future in as_completed(waiting))
+        except BaseException:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def progress_bar(label: str, total_bytes: int, progress: bool) -> tqdm:
+    return tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, disable=not progress)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def identity(paths: Iterable[Path]) -> list[list]:

@@ -39,7 +39,7 @@ from conversion.checkpoint import (
 )
 from conversion.config_map import arguments_from_config
 from conversion.megatron import TRACKER, all_post_norm_names, assemble, config_of, find_iteration, kind_of
-from conversion.megatron_dist import CHUNK_BYTES, DistFiles, arguments_of_dist, open_dist
+from conversion.megatron_dist import DistFiles, arguments_of_dist, open_dist
 from conversion.megatron_legacy import Layout, RankFiles, arguments_of_legacy, check_layout, open_legacy, stage_layers
 from conversion.ops import BLOCK_BYTES, Mosaic, blocks, cat, filled, is_transposed, same_bits, stored
 from conversion.weight_map import VOCAB, Row, add_absent, hf_to_megatron, megatron_to_hf, rows_of
@@ -225,13 +225,12 @@ class Conversion:
     files: list[OutFile]
     decides: dict[str, Any]  # with the source files, all that decides the output's bytes
     companions: Callable[[Path, Mapping[str, Mapping]], None]  # writes what lies beside the files, once they are there
-    chunk_bytes: int  # what a worker holds at a time
 
     def plan(self, workers: int | None = None) -> Plan:
         """What would be written, the memory it takes, and the time that the source's first 64 MB promise."""
         workers = default_workers() if workers is None else workers
         tensors = self.opened.tensors.values()
-        largest = max([self.chunk_bytes, *(tensor.nbytes for tensor in tensors if is_transposed(tensor))])
+        largest = max([BLOCK_BYTES, *(tensor.nbytes for tensor in tensors if is_transposed(tensor))])
         rate, nbytes = _measured_rate(self.opened), sum(file.nbytes for file in self.files)
         memory_bytes = 2 * workers * largest + BYTES_A_TENSOR * len(self.opened.tensors)
         return Plan([(file.name, file.nbytes) for file in self.files], memory_bytes, nbytes / rate / workers, rate)
@@ -354,7 +353,7 @@ def to_hf(
         _write_config(folder, opened, reading.tokenizer)
 
     decides = {"job": "to-hf", "shard_bytes": shard_bytes, "reading": repr(reading)}
-    return Conversion(opened, Path(target), files, decides, companions, BLOCK_BYTES)
+    return Conversion(opened, Path(target), files, decides, companions)
 
 
 def _hf_shards(opened: Opened, shard_bytes: int) -> list[Shard]:
@@ -443,8 +442,7 @@ def to_megatron(
         (folder / TRACKER).write_text("release" if iteration is None else str(iteration))
 
     decides = {"job": "to-megatron", "shard_bytes": shard_bytes, "reading": repr(reading), "args": repr(args)}
-    chunk_bytes = BLOCK_BYTES if format == "legacy" else CHUNK_BYTES
-    return Conversion(opened, Path(target), files, decides, companions, chunk_bytes)
+    return Conversion(opened, Path(target), files, decides, companions)
 
 
 def _padded(opened: Opened, multiple: int) -> dict[str, Mosaic]:
@@ -557,7 +555,7 @@ def _over(
 ) -> Iterator[str | None]:
     """`look` at each tensor, several at a time, with a bar of bytes; results in order."""
     names = list(names)
-    with progress_bar(label, sum(tensors[name].nbytes for name in names), 0, progress) as bar:
+    with progress_bar(label, sum(tensors[name].nbytes for name in names), progress) as bar:
         with ThreadPoolExecutor(workers) as pool:
             for name, result in zip(names, pool.map(look, names), strict=True):
                 bar.update(tensors[name].nbytes)

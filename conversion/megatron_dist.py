@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import re
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -26,10 +28,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.serialization import skip_data
 
-from conversion.checkpoint import HashedFile, OutFile
+from conversion.checkpoint import HashedFile, OutFile, bytes_of
 from conversion.megatron import MegatronSource, drop_state
-from conversion.ops import Mosaic, Tile, cat, narrow, read, unstack
+from conversion.ops import Mosaic, Tile, blocks, cat, narrow, unstack
 from conversion.torch_file import Inert, numbers_in, open_torch_file, plain, unpickle
 from conversion.weight_map import Row, local_name, modules_with_state, te_name
 from modeling_axk1.configuration_axk1 import AxK1Config
@@ -44,7 +47,7 @@ SINGLE_EXPERT = re.compile(r"(.+\.mlp\.experts\.)experts\.(\d+)\.(linear_fc[12]\
 LOCAL_EXPERT = re.compile(r"(.+\.mlp\.experts\.)local_experts\.(\d+)\.(linear_fc[12]\.weight)")
 DENSE_LAYER = re.compile(r"decoder\.layers\.(\d+)\..+")
 HALF = re.compile(r"(.+\.weight)_([wv])")
-# Written at a time: a chunk is held in memory once, and is what any reader has to hold.
+# A chunk is what torch's own reader has to hold.
 CHUNK_BYTES = 2**26
 
 
@@ -292,15 +295,45 @@ class DistFiles:
 def write_chunks(
     path: Path, tick: Callable[[Tensor], None], *, chunks: list[Chunk], state: list[Tensor | None]
 ) -> dict[str, Any]:
-    """Write one .distcp file, each chunk a torch.save of its own; returns its sha256 and where each chunk lies."""
+    """Write one .distcp file, each chunk what torch.save makes of it; returns its sha256 and where each chunk lies."""
+    frames: dict[tuple[torch.dtype, tuple[int, ...]], tuple[bytes, bytes]] = {}
+    state_bytes = _saved(state)
     places = []
     with HashedFile(path) as file:
         for chunk in chunks:
-            content = state if chunk.tensor is None else read(chunk.tensor).view(chunk.sizes)
-            buffer = io.BytesIO()
-            torch.save(content, buffer)
-            places.append([file.tell(), buffer.tell()])
-            file.write(buffer.getbuffer())
-            if chunk.tensor is not None:
-                tick(content)
+            start = file.tell()
+            if chunk.tensor is None:
+                file.write(state_bytes)
+            else:
+                kind = chunk.tensor.dtype, chunk.sizes
+                if kind not in frames:
+                    frames[kind] = _frame(*kind)
+                head, tail = frames[kind]
+                file.write(head)
+                for block in blocks(chunk.tensor):
+                    file.write(bytes_of(block))
+                    tick(block)
+                file.write(tail)
+            places.append([start, file.tell() - start])
     return {"sha256": file.digest.hexdigest(), "places": places}
+
+
+def _saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _frame(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """What torch.save writes before and behind a tensor's numbers. They go in between as they come, held and copied by nobody."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "frame"
+        # A sparse file: the numbers are left out.
+        with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
+            torch.save(torch.empty(sizes, dtype=dtype), path)
+        tensor = open_torch_file(path)
+        start = tensor.tiles[0].start
+        with path.open("rb") as file:
+            head = file.read(start)
+            file.seek(start + tensor.nbytes)
+            return head, file.read()

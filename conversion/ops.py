@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 # Read, hashed and written at a time: large enough that system calls cost nothing, small enough for a core's cache.
-BLOCK_BYTES = 2**21
+BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,18 +179,24 @@ def _disjoint(a: Tile, b: Tile) -> bool:
     return any(oa + na <= ob or ob + nb <= oa for oa, na, ob, nb in boxes)
 
 
-def read(tensor: Mosaic) -> Tensor:
-    """The whole tensor in memory."""
-    out = torch.empty(tensor.shape, dtype=tensor.dtype)
+def read(tensor: Mosaic, memory: Tensor | None = None) -> Tensor:
+    """The whole tensor, in fresh memory or at the beginning of the flat `memory`."""
+    out = torch.empty(tensor.elements, dtype=tensor.dtype) if memory is None else memory[: tensor.elements]
+    out = out.view(tensor.shape)
     for tile in tensor.tiles:
         _read_tile(tile, _box(out, tile))
     return out
 
 
 def blocks(tensor: Mosaic, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
-    """The numbers in order, as flat tensors of about `block_bytes`; of transposed tensors, all at once."""
-    for part in _row_blocks(block_bytes, tensor):
-        yield read(*part).flatten()
+    """The numbers in order, as flat tensors of about `block_bytes`; of transposed tensors, all at once.
+
+    All in the same memory: a block is gone when the next one comes.
+    """
+    memory = None
+    for (part,) in _row_blocks(block_bytes, tensor):
+        memory = torch.empty(part.elements, dtype=tensor.dtype) if memory is None else memory
+        yield read(part, memory).flatten()
 
 
 def same_bits(a: Mosaic, b: Mosaic) -> bool:

@@ -444,9 +444,9 @@ options = json.loads(sys.argv[3])
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
-    """0.3 GB in sparse files each way, in a process that may add 100 MB to what it holds after its imports."""
+    """0.2 GB in a sparse file there and back, in a process that may add twice its largest tensor to what it began with."""
     config = AxK1Config.preset(
-        "nano", vocab_size=8192, hidden_size=512, moe_intermediate_size=256, n_routed_experts=64, num_hidden_layers=4
+        "nano", vocab_size=8192, hidden_size=512, moe_intermediate_size=256, n_routed_experts=64, num_hidden_layers=3
     )
     code = """
 import resource, sys, threading
@@ -490,7 +490,7 @@ print(shard.nbytes, peak[0])
         command = [sys.executable, "-c", code, str(target), kind, str(SOURCE)]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         size, peak = map(int, run.stdout.split())
-        assert size > 250e6
+        assert size > 200e6
         # Twice the largest chunk (the embedding, 16.8 MB) and the plan of 800 tensors.
         assert peak < 40e6, (kind, peak)
         shutil.rmtree(target)
