@@ -62,6 +62,15 @@ def read_output(
     return Reading(thought_ids, answer_ids, format_error, truncated, len(body) + (not truncated))
 
 
+def stop_ids_of(model) -> set[int]:
+    """The tokens that end an answer. ValueError if the model has none."""
+    stop = model.generation_config.eos_token_id
+    stop_ids = {stop} if isinstance(stop, int) else set(stop or ())
+    if not stop_ids:
+        raise ValueError("generation_config.eos_token_id is None, so no answer would end; set the end-of-turn id.")
+    return stop_ids
+
+
 def summarise(mode: str, readings: Sequence[Reading], correct: Sequence[bool], elapsed_s: float) -> ModeResult:
     """Shares over all problems: whatever has no answer counts as wrong."""
     if not readings or len(readings) != len(correct):
@@ -96,10 +105,7 @@ def evaluate_mode(
     `generate`; greedy unless they say otherwise. on_batch is told how many answers were added (a progress bar).
     """
     think_id, end_think_id = tokenizer.convert_tokens_to_ids([THINK, END_THINK])
-    stop = model.generation_config.eos_token_id
-    stop_ids = {stop} if isinstance(stop, int) else set(stop or ())
-    if not stop_ids:
-        raise ValueError("generation_config.eos_token_id is None, so no answer would end; set the end-of-turn id.")
+    stop_ids = stop_ids_of(model)
     readings, elapsed_s = [], 0.0
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
