@@ -176,6 +176,8 @@ def training_arguments(folder: Path, settings: Settings, steps: int, learning_ra
         "logging_steps": max(1, steps // 40),
         "save_strategy": "no",
         "report_to": "none",
+        # The rows are all short; grouped by length, a batch would hold one mode.
+        "train_sampling_strategy": "random",
         "seed": settings.seed,
         "use_cpu": True,
         # TRL's defaults are for large models: they would cut rows, recompute activations and train in bf16.

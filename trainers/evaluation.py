@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from trainers.mode_overlap import prompt_key
 from trainers.tokenizer import END_THINK, THINK
 
 
@@ -90,7 +91,7 @@ def summarise(mode: str, readings: Sequence[Reading], correct: Sequence[bool], e
 def evaluate_mode(
     model,
     tokenizer,
-    prompts: Sequence[list[dict]],
+    prompts: Sequence[str | list[dict]],
     is_correct: Callable[[int, str], bool],
     *,
     thinking: bool,
@@ -99,7 +100,7 @@ def evaluate_mode(
     on_batch: Callable[[int], None] = lambda answers: None,
     **generate_kwargs,
 ) -> tuple[ModeResult, list[Reading], list[bool]]:
-    """Answer every prompt (a list of messages) in one mode and judge it.
+    """Answer every prompt (a list of messages, or a text) in one mode and judge it.
 
     is_correct(number of the prompt, answer text) is called for complete answers only. `generate_kwargs` go to
     `generate`; greedy unless they say otherwise. on_batch is told how many answers were added (a progress bar).
@@ -124,20 +125,23 @@ def evaluate_mode(
     return summarise("thinking" if thinking else "non-thinking", readings, correct, elapsed_s), readings, correct
 
 
+def encode_prompts(tokenizer, prompts, *, thinking: bool):
+    """Prompts (messages, or texts without control token) as left-padded `input_ids` and `attention_mask`, mode included."""
+    layout = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    if isinstance(prompts[0], str):
+        texts = [prompt_key(prompt) + (THINK if thinking else END_THINK) for prompt in prompts]
+        return tokenizer(texts, **layout)
+    return tokenizer.apply_chat_template(
+        list(prompts), add_generation_prompt=True, enable_thinking=thinking, return_dict=True, **layout
+    )
+
+
 @torch.inference_mode()
 def generate_ids(
     model, tokenizer, prompts, *, thinking: bool, max_new_tokens: int, **generate_kwargs
 ) -> list[list[int]]:
     """What the model writes after the control token that ends each prompt."""
-    encoded = tokenizer.apply_chat_template(
-        list(prompts),
-        add_generation_prompt=True,
-        enable_thinking=thinking,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        return_dict=True,
-    ).to(model.device)
+    encoded = encode_prompts(tokenizer, prompts, thinking=thinking).to(model.device)
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens} | generate_kwargs
     was_training = model.training
     model.eval()
