@@ -296,6 +296,13 @@ def test_a_template_that_renders_modes_in_another_way_is_refused(tokenizer, tmp_
     )
     with pytest.raises(ValueError, match="4 of 4 train rows, e.g. row 0, do not begin their completion right behind"):
         trainer_of(qwen3(), other, tmp_path)
+    # One mode's control token for both.
+    other.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}</think>{% endif %}{{ m.content }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n</think>{% endif %}"
+    )
+    with pytest.raises(ValueError, match="2 of 4 train rows, e.g. row 0, do not begin"):
+        trainer_of(qwen3(), other, tmp_path)
     other.chat_template = CHAT_TEMPLATE
     trainer_of(qwen3(), other, tmp_path)
 
