@@ -88,6 +88,21 @@ def summarise(mode: str, readings: Sequence[Reading], correct: Sequence[bool], e
     )
 
 
+def bootstrap_interval(
+    values: Sequence[float], *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values`, one a problem; it has no width where all values are equal."""
+    if not values:
+        raise ValueError("no values to resample; give at least one.")
+    numbers = torch.tensor(list(values), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    # A draw at a time: all at once would hold draws x problems numbers.
+    means = [numbers[torch.randint(len(numbers), (len(numbers),), generator=generator)].mean() for _ in range(draws)]
+    tail = (1 - confidence) / 2
+    low, high = torch.stack(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
 def evaluate_mode(
     model,
     tokenizer,
@@ -136,12 +151,17 @@ def encode_prompts(tokenizer, prompts, *, thinking: bool):
     )
 
 
-@torch.inference_mode()
 def generate_ids(
     model, tokenizer, prompts, *, thinking: bool, max_new_tokens: int, **generate_kwargs
 ) -> list[list[int]]:
     """What the model writes after the control token that ends each prompt."""
     encoded = encode_prompts(tokenizer, prompts, thinking=thinking).to(model.device)
+    return generate_ids_from(model, encoded, max_new_tokens=max_new_tokens, **generate_kwargs)
+
+
+@torch.inference_mode()
+def generate_ids_from(model, encoded, *, max_new_tokens: int, **generate_kwargs) -> list[list[int]]:
+    """What the model writes after encoded, left-padded prompts; greedy unless told otherwise."""
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens} | generate_kwargs
     was_training = model.training
     model.eval()

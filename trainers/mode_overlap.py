@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, Features, Value, load_dataset, load_from_disk
 
 from trainers.tokenizer import END_THINK, THINK
 
@@ -285,20 +285,34 @@ def save_mode_overlap(rows: Iterable[dict], path: str | Path) -> Path:
     return path
 
 
-def load_mode_overlap(source: str | Path, split: str = "train") -> Dataset:
-    """Rows from a `.jsonl` or `.parquet` file, a folder or a Hub name, with the MOD's schema.
+def load_mode_overlap(source: str | Path, split: str = "train", config: str | None = None) -> Dataset:
+    """Rows from a `.jsonl` or `.parquet` file, a folder or a Hub name, with the MOD's schema. Also made into it are
 
+    * `question` and `answer` as in GSM8K: `gsm8k_row` and `build_mode_overlap`;
+    * `prompt` and a thinking `completion`, no more: `build_mode_overlap` cuts the thought out.
     ValueError if the columns are others.
     """
-    kind = FILE_FORMATS.get(Path(source).suffix)
-    if kind and not Path(source).is_file():
-        raise ValueError(f"{source} does not exist; give a .jsonl or .parquet file, a folder or a Hub name.")
-    loaded = (
-        load_dataset(kind, data_files=str(source), split="train") if kind else load_dataset(str(source), split=split)
-    )
-    if set(loaded.column_names) != set(MESSAGE_FEATURES):
+    loaded = load_table(source, split, config)
+    columns = set(loaded.column_names)
+    if columns == {"question", "answer"}:
+        return to_dataset(build_mode_overlap(map(gsm8k_row, loaded)))
+    if columns == {"prompt", "completion"}:
+        return to_dataset(build_mode_overlap(loaded))
+    if columns != set(MESSAGE_FEATURES):
         raise ValueError(
-            f"{source} has the columns {loaded.column_names}; the Mode-Overlap schema is {[*MESSAGE_FEATURES]}."
+            f"{source} has the columns {sorted(columns)}; the Mode-Overlap schema is {[*MESSAGE_FEATURES]}."
         )
     is_text = isinstance(loaded.features["prompt"], Value)
     return loaded.select_columns([*MESSAGE_FEATURES]).cast(TEXT_FEATURES if is_text else MESSAGE_FEATURES)
+
+
+def load_table(source: str | Path, split: str, config: str | None) -> Dataset:
+    """A file, a folder written by `save_to_disk` or holding data files, or a Hub name."""
+    path = Path(source)
+    if kind := FILE_FORMATS.get(path.suffix):
+        if not path.is_file():
+            raise ValueError(f"{source} does not exist; give a .jsonl or .parquet file, a folder or a Hub name.")
+        return load_dataset(kind, data_files=str(source), split="train")
+    if (path / "state.json").is_file():
+        return load_from_disk(str(source))
+    return load_dataset(str(source), config, split=split)

@@ -1,5 +1,6 @@
 """Does the Mode-Overlap Dataset come out paired, and does its validator catch each defect?"""
 
+import json
 import warnings
 
 import pytest
@@ -209,6 +210,16 @@ def test_other_files_are_refused(tmp_path):
         save_mode_overlap(pair(), tmp_path / "mod.csv")
     with pytest.raises(ValueError, match="does not exist"):
         load_mode_overlap(tmp_path / "mod.jsonl")
-    (tmp_path / "mod.jsonl").write_text('{"question": "q", "answer": "a"}\n')
-    with pytest.raises(ValueError, match=r"columns \['question', 'answer'\]"):
+    (tmp_path / "mod.jsonl").write_text('{"question": "q", "reply": "a"}\n')
+    with pytest.raises(ValueError, match=r"columns \['question', 'reply'\]"):
         load_mode_overlap(tmp_path / "mod.jsonl")
+
+
+def test_thinking_rows_and_gsm8k_lines_are_paired_as_they_load(tmp_path):
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "2+2", "answer": "two and two\n#### 4"}))
+    (tmp_path / "thinking.jsonl").write_text(json.dumps({"prompt": ask("2+2"), "completion": say("two and two</think>4")}))
+    expected = to_dataset(build_mode_overlap(THINKING[:1])).to_list()
+    for name in ("gsm8k.jsonl", "thinking.jsonl"):
+        assert load_mode_overlap(tmp_path / name).to_list() == expected
+    to_dataset(build_mode_overlap(THINKING[:1])).save_to_disk(tmp_path / "saved")
+    assert load_mode_overlap(tmp_path / "saved").to_list() == expected
