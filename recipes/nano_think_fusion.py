@@ -452,7 +452,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     path = options.out / "report.html"
     write_report(path, settings, results)
     print(f"\nOne problem, both modes, by {show_sample(results['stock'])}")
-    print(f"\n{settings.test_problems} held-out problems\n{report.text_table(mode_table(results['evaluation']['modes']))}")
+    print(
+        f"\n{settings.test_problems} held-out problems\n{report.text_table(mode_table(results['evaluation']['modes']))}"
+    )
     print(f"\n{sum(result['elapsed_s'] for result in results.values()):.0f} s in all; {path}")
     return results
 

@@ -1,6 +1,7 @@
 """Does the scorecard judge both modes, resume, refuse what it cannot read, and show what it measured?"""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,24 @@ def test_paper_is_spelled_out_and_says_what_it_lacks(capsys):
     names = scorecard.expand_tasks(["paper"])
     assert {"lm-eval:kmmlu_direct", "lm-eval:click", "lm-eval:ifeval", "lm-eval:aime25"} <= set(names)
     assert "KoBALT" in capsys.readouterr().out
+
+
+def test_tasks_of_the_harness_are_rows_like_the_others(checkpoint, tmp_path, monkeypatch):
+    harness = pytest.importorskip("trainers.harness", reason="the eval extra is not installed")
+    monkeypatch.setattr(harness, "TaskManager", partial(harness.TaskManager, include_defaults=False))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, LINES)))
+    (tmp_path / "tiny.yaml").write_text(
+        f"task: tiny\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path / 'rows.jsonl'}}}\ntest_split: train\n"
+        "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "metric_list:\n  - metric: exact_match\n"
+    )
+    rows = run(checkpoint, ["lm-eval:tiny"], tmp_path / "out", include_path=str(tmp_path), limit=2)
+    assert [(row["task"], row["mode"], row["problems"]) for row in rows] == [
+        ("lm-eval:tiny", "thinking", 2),
+        ("lm-eval:tiny", "non-thinking", 2),
+    ]
+    assert rows[0]["metric"] == "exact_match,none" and rows[0]["truncation"] == 1.0
+    assert (tmp_path / "out/lm-eval-tiny.think.json").exists()
 
 
 def test_every_task_of_the_paper_suite_is_known_to_the_harness():

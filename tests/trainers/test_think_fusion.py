@@ -5,7 +5,9 @@ import json
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
+from torch.utils.data import BatchSampler
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
@@ -215,6 +217,18 @@ def test_paired_batches_hold_both_modes_of_their_prompts(tokenizer, tmp_path):
             first = min(ids.index(tag) for tag in (think, end) if tag in ids)
             prompts[ids[first] == think].add(tuple(ids[:first]))
         assert prompts[True] == prompts[False] and len(prompts[True]) == 2
+
+
+def test_pairs_stay_together_on_each_of_two_devices(tokenizer, tmp_path):
+    trainer = trainer_of(llama(), tokenizer, tmp_path, many_rows(), pairing="paired")
+    keys = trainer.train_dataset["prompt_key"]
+    batches = BatchSampler(trainer._get_train_sampler(), batch_size=4, drop_last=False)
+    seen = []
+    for device in range(2):
+        for batch in BatchSamplerShard(batches, num_processes=2, process_index=device):
+            assert len({keys[row] for row in batch}) == len(batch) / 2 == 2
+            seen += batch
+    assert sorted(seen) == list(range(24))
 
 
 def test_grouped_by_length_is_the_default_and_pads_less(tokenizer, tmp_path):
