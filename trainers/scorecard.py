@@ -97,7 +97,7 @@ def run_eval(
     rows = []
     for name in names:
         for mode in chosen:
-            path = out / f"{name.replace(':', '-').replace('/', '-')}.{mode}.json"
+            path = out / f"{name.replace(':', '-').replace('/', '-').strip('-.')}.{mode}.json"
             if not path.exists():
                 measured = judge(model, tokenizer, name, MODES[mode], settings, batch_size, include_path)
                 write_whole(path, json.dumps(measured, indent=1))

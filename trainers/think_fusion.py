@@ -193,7 +193,7 @@ class ThinkFusionTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset=None):
         # The dataset that is handed in has lost the columns that the order needs.
         rows = self.train_dataset
-        if self.args.packing or not own_order(self.args) or "input_ids" not in rows.column_names:
+        if self.args.packing or not own_order(self.args):
             return super()._get_train_sampler(train_dataset)
         lengths = [len(ids) for ids in rows["input_ids"]] if "length" not in rows.column_names else list(rows["length"])
         modes = [mode == THINKING for mode in rows["mode"]] if "mode" in rows.column_names else None

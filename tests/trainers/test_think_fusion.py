@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
+from trainers import think_fusion
 from trainers.mode_overlap import make_row
 from trainers.think_fusion import (
     NO_MODE,
@@ -229,6 +230,18 @@ def test_pairs_stay_together_on_each_of_two_devices(tokenizer, tmp_path):
             assert len({keys[row] for row in batch}) == len(batch) / 2 == 2
             seen += batch
     assert sorted(seen) == list(range(24))
+
+
+@pytest.mark.parametrize(
+    ("settings", "units"), [({}, 4), ({"pairing": "paired"}, 2), ({"gradient_accumulation_steps": 3}, 12)], ids=str
+)
+def test_the_rows_of_an_update_are_sorted_together(settings, units, tokenizer, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        think_fusion, "order_units", lambda of, lengths, step_units, generator: asked.append(step_units) or [0]
+    )
+    trainer_of(llama(), tokenizer, tmp_path, many_rows(), **settings)._get_train_sampler()
+    assert asked == [units]
 
 
 def test_grouped_by_length_is_the_default_and_pads_less(tokenizer, tmp_path):
