@@ -41,8 +41,8 @@ def apply_history_policy(dataset: Dataset, policy: str) -> Dataset:
         if policy == "keep":
             kwargs = row["chat_template_kwargs"] | {"keep_history_thoughts": True}
             return {"history_thoughts": kept, "chat_template_kwargs": kwargs}
-        last_user = max((i for i, message in enumerate(row["prompt"]) if message["role"] == "user"), default=-1)
-        prompt = thoughts[:last_user] + row["prompt"][max(last_user, 0) :]
+        last_user = max((i for i, message in enumerate(row["prompt"]) if message["role"] == "user"), default=0)
+        prompt = thoughts[:last_user] + row["prompt"][last_user:]
         # What is left are thoughts between the tool calls of the running turn.
         running = sum(cut_thought(message) != message for message in prompt)
         return {"history_thoughts": running, "prompt": prompt}

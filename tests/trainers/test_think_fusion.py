@@ -374,6 +374,12 @@ def test_thoughts_between_tool_calls_of_the_running_turn_stay(tokenizer, tmp_pat
     assert "<think>two</think>six" in tokenizer.decode(trainer.train_dataset[0]["input_ids"])
 
 
+def test_a_prompt_without_a_user_stays_as_it_is(tokenizer, tmp_path):
+    chat = [{"role": "system", "content": "one"}, {"role": "assistant", "content": "two</think>six"}]
+    trainer = trainer_of(llama(), tokenizer, tmp_path, [make_row(chat, "six", "one")])
+    assert tokenizer.decode(trainer.train_dataset[0]["input_ids"]).count("<|im_start|>") == 3
+
+
 def test_packed_rows_train_the_same_tokens(tokenizer, tmp_path):
     with pytest.warns(UserWarning, match="packing=True with sdpa attention: a packed row costs the square"):
         packed = trainer_of(llama(), tokenizer, tmp_path, many_rows(), packing=True, max_length=64)
