@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-DESCRIPTION = "A.X K1 for Transformers: talk to it, serve it, train, merge and judge its two reasoning modes."
+DESCRIPTION = "A.X K1 for Transformers: talk to it, serve it, train, merge and judge its two modes, convert its weights."
 EXAMPLES = {
     None: """examples:
   axk1 chat runs/nano/fused --think
@@ -13,6 +13,7 @@ EXAMPLES = {
   axk1 merge THINKING NONTHINKING MERGED --alpha 0.8
   axk1 sft --config recipes/configs/sft_cpu.yaml
   axk1 eval runs/nano/fused --tasks gsm8k_test.jsonl --modes think,no-think
+  axk1 convert to-hf CHECKPOINT MODEL
   axk1 info k1
 
 `axk1 COMMAND --help` says more. AXK1_DEBUG=1 (or --debug) shows the traceback of an error.""",
@@ -52,6 +53,16 @@ A flag overrides the YAML file's value. `axk1 sft --all-settings` lists them all
 
 A task is FILE.jsonl (question and answer a line), reasoning-gym:FAMILY, lm-eval:TASK or paper. An answer that is cut by
 the length limit or breaks its mode's format is wrong. Killed? Run the same command again: finished tasks are kept.""",
+    "convert": """examples:
+  axk1 convert inspect CHECKPOINT                      format, layout, parameters, what is missing
+  axk1 convert to-hf CHECKPOINT MODEL --tokenizer DIR  Megatron (rank files or torch_dist) to safetensors
+  axk1 convert to-megatron MODEL CHECKPOINT --tp 2 --pp 2 --ep 4 --format legacy
+  axk1 convert to-megatron OLD NEW --tp 4              reshard one Megatron checkpoint into another
+  axk1 convert verify A B                              two checkpoints of any formats, bit for bit
+
+CHECKPOINT is the folder with latest_checkpointed_iteration.txt, or an iter_* or release folder. Neither Megatron nor a GPU is
+needed, memory does not grow with the model, and nothing in a checkpoint is ever run. Killed, or out of disk space: run the
+same command again, it goes on where it was.""",
     "info": """examples:
   axk1 info k1                 one of the presets: k1, light, nano
   axk1 info runs/nano/fused --context 4096""",
@@ -96,16 +107,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_sft(commands)
     _add_eval(commands)
+    _add_convert(commands)
     _add_info(commands)
     return parser
 
 
-def _add_command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
+def _add_command(commands, name: str, run, summary: str, examples: str | None = None) -> argparse.ArgumentParser:
     command = commands.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
-        epilog=EXAMPLES[name],
+        epilog=EXAMPLES[examples or name],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=run)
@@ -120,7 +132,9 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     # The authors' sampling.  [model team's post]
     command.add_argument("--temperature", type=float, default=0.6, metavar="T", help="default 0.6; 0 is greedy")
     command.add_argument("--top-p", type=float, default=0.95, metavar="P", help="default 0.95")
-    command.add_argument("--device-map", default="auto", help="where the weights go: auto, cpu, cuda, ... (default auto)")
+    command.add_argument(
+        "--device-map", default="auto", help="where the weights go: auto, cpu, cuda, ... (default auto)"
+    )
     command.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, ... (default auto)")
 
 
@@ -128,7 +142,9 @@ def _add_chat(commands) -> None:
     command = _add_command(commands, "chat", chat, "talk to a model in the terminal")
     _add_model_options(command)
     command.add_argument("--budget", type=int, metavar="N", help="close a thought after N tokens (default: never)")
-    command.add_argument("--max-new-tokens", type=int, default=4096, metavar="N", help="an answer's limit (default 4096)")
+    command.add_argument(
+        "--max-new-tokens", type=int, default=4096, metavar="N", help="an answer's limit (default 4096)"
+    )
     command.add_argument("--system", metavar="TEXT", help="a system message to begin with")
 
 
@@ -141,7 +157,9 @@ def _add_serve(commands) -> None:
 
 def _add_merge(commands) -> None:
     command = _add_command(commands, "merge", merge, "merge a thinking and a non-thinking model, tensor by tensor")
-    command.add_argument("thinking_dir", metavar="THINKING", type=Path, help="also gives config, tokenizer and template")
+    command.add_argument(
+        "thinking_dir", metavar="THINKING", type=Path, help="also gives config, tokenizer and template"
+    )
     command.add_argument("nonthinking_dir", metavar="NONTHINKING", type=Path)
     command.add_argument("out_dir", metavar="OUT", type=Path, help="written whole or not at all")
     weight = command.add_mutually_exclusive_group()
@@ -174,6 +192,80 @@ def _add_eval(commands) -> None:
     command.add_argument("--include-path", metavar="DIR", help="folder with more lm-eval task files")
     command.add_argument("--device-map", default="auto", help="where the weights go: auto, cpu, cuda, ... (default auto)")
     command.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, ... (default auto)")
+
+
+def _add_convert(commands) -> None:
+    summary = "turn Megatron checkpoints into safetensors and back, compare and inspect them"
+    directions = _add_command(commands, "convert", None, summary).add_subparsers(metavar="DIRECTION", required=True)
+
+    command = _add_command(directions, "to-hf", convert_to_hf, "write a folder that from_pretrained loads", "convert")
+    _add_conversion(command)
+
+    command = _add_command(directions, "to-megatron", convert_to_megatron, "write a Megatron checkpoint", "convert")
+    _add_conversion(command)
+    command.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (default 1)")
+    command.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages (default 1)")
+    command.add_argument("--vpp", type=int, metavar="N", help="chunks a stage, for interleaved pipelines (default 1)")
+    command.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel ranks (default 1)")
+    command.add_argument("--etp", type=int, metavar="N", help="tensor-parallel ranks inside experts (default: as --tp)")
+    command.add_argument(
+        "--format",
+        choices=["torch_dist", "legacy"],
+        default="torch_dist",
+        help="torch_dist (default; Megatron loads it in any layout) or legacy rank files",
+    )
+    command.add_argument("--first-stage-layers", type=int, metavar="N", help="layers of the first stage, where uneven")
+    command.add_argument("--last-stage-layers", type=int, metavar="N", help="layers of the last stage, where uneven")
+    command.add_argument(
+        "--transformer-engine",
+        action=argparse.BooleanOptionalAction,
+        help="that spec's names (default: a Megatron source's own, else the local spec's)",
+    )
+    command.add_argument("--vocab-divisor", type=int, metavar="N", help="make_vocab_size_divisible_by (default 128)")
+    command.add_argument("--iteration", type=int, metavar="N", help="write iter_N (default: release)")
+
+    command = _add_command(directions, "verify", convert_verify, "compare two checkpoints bit for bit", "convert")
+    command.add_argument("a", metavar="A", type=Path, help="of any format")
+    command.add_argument("b", metavar="B", type=Path, help="of any format")
+    _add_reading(command)
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="tensors compared at a time (default: cores, at most 4)"
+    )
+
+    command = _add_command(
+        directions, "inspect", convert_inspect, "say what a checkpoint is and what it lacks", "convert"
+    )
+    command.add_argument("source", metavar="SRC", type=Path)
+    _add_reading(command)
+
+
+def _add_conversion(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="SRC", type=Path, help="a checkpoint of any format; never changed")
+    command.add_argument("target", metavar="DST", type=Path, help="written whole or not at all")
+    _add_reading(command)
+    command.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of an output file (default 5)")
+    command.add_argument("--workers", type=int, metavar="N", help="files written at a time (default: cores, at most 4)")
+    command.add_argument("--no-verify", action="store_true", help="do not compare the result with the source")
+    command.add_argument("--check-nan", action="store_true", help="look for NaN in the source first")
+    command.add_argument("--dry-run", action="store_true", help="print files, bytes, memory and time, write nothing")
+
+
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--vocab-size", type=int, metavar="N", help="the true one, where a checkpoint holds the padded one only"
+    )
+    command.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="copied along; its length is the vocabulary, if unknown"
+    )
+    command.add_argument(
+        "--config", type=Path, metavar="DIR", help="a config.json to take token ids from and to agree with"
+    )
+    command.add_argument(
+        "--post-norm", metavar="NAME", help="how the norm behind the MLP is called (post_mlp_layernorm, ...)"
+    )
+    command.add_argument(
+        "--drop-fp8-state", action="store_true", help="leave FP8 scaling state behind; the weights are whole"
+    )
 
 
 def _add_info(commands) -> None:
@@ -228,6 +320,72 @@ def evaluate(**options) -> None:
     print(f"\n{report.text_table([shown(row) for row in rows])}\n\n{options['out'] / 'report.html'}")
 
 
+def _reading(options: dict):
+    from conversion import Reading
+
+    names = ("vocab_size", "tokenizer", "config", "post_norm", "drop_fp8_state")
+    return Reading(**{name: options.pop(name) for name in names})
+
+
+def convert_to_hf(source: Path, target: Path, shard_gb: float, **options) -> None:
+    from conversion import to_hf
+
+    reading, running = _reading(options), _running(options)
+    _convert(to_hf(source, target, reading=reading, shard_bytes=int(shard_gb * 1e9), **options), **running)
+
+
+def convert_to_megatron(source: Path, target: Path, shard_gb: float, **options) -> None:
+    from conversion import to_megatron
+
+    reading, running = _reading(options), _running(options)
+    _convert(to_megatron(source, target, reading=reading, shard_bytes=int(shard_gb * 1e9), **options), **running)
+
+
+def _running(options: dict) -> dict:
+    return {name: options.pop(name) for name in ("workers", "no_verify", "check_nan", "dry_run")}
+
+
+def _convert(conversion, workers: int | None, no_verify: bool, check_nan: bool, dry_run: bool) -> None:
+    for name in conversion.opened.added:
+        print(f"{name} is not in the source; a constant stands for it")
+    if dry_run:
+        plan = conversion.plan(workers)
+        for name, size in plan.files:
+            print(f"  {name:<60}{size:>18,} bytes")
+        print(f"{len(plan.files)} files, {plan.nbytes:,} bytes ({plan.nbytes / 1e9:,.2f} GB); ", end="")
+        print(
+            f"memory {plan.memory_bytes / 1e6:,.0f} MB; about {plan.seconds:,.0f} s and as long again to verify, ",
+            end="",
+        )
+        print(f"if the disk keeps up with the {plan.bytes_per_s / 1e9:.2f} GB/s that a worker read and hashed just now")
+        return
+    done = conversion.run(workers=workers, verify=not no_verify, check_nan=check_nan)
+    print(f"wrote {done.path}: {done.files} files, {done.nbytes / 1e9:,.2f} GB in {done.write_s:.1f} s", end="")
+    print(f", verified bit for bit in {done.verify_s:.1f} s" if done.verify_s is not None else ", not verified")
+
+
+def convert_verify(a: Path, b: Path, workers: int | None, **options) -> None:
+    from conversion import verify
+
+    differing = verify(a, b, reading=_reading(options), workers=workers)
+    for difference in differing:
+        print(f"differs: {difference}")
+    if differing:
+        raise ValueError(f"{len(differing)} tensors differ between {a} and {b}.")
+    print(f"{a} and {b} hold the same model, bit for bit")
+
+
+def convert_inspect(source: Path, **options) -> None:
+    from conversion import inspect
+
+    facts = inspect(source, _reading(options))
+    problem = facts.pop("problem", None)
+    for name, value in facts.items():
+        print(f"{name:<20}{value:,}" if type(value) is int else f"{name:<20}{value}")
+    if problem:
+        raise ValueError(problem)
+
+
 def info(model: str, context: int) -> None:
     from modeling_axk1 import AxK1Config, count_flops, count_parameters
 
@@ -236,7 +394,9 @@ def info(model: str, context: int) -> None:
     parameters = count_parameters(config)
     moe_layers = config.mlp_layer_types.count("sparse")
     print(f"{model}: {config.num_hidden_layers} layers ({moe_layers} MoE), hidden {config.hidden_size}, ", end="")
-    print(f"{config.n_routed_experts} routed experts (top {config.num_experts_per_tok}), vocabulary {config.vocab_size:,}")
+    print(
+        f"{config.n_routed_experts} routed experts (top {config.num_experts_per_tok}), vocabulary {config.vocab_size:,}"
+    )
     for part, count in parameters.items():
         print(f"  {part:<16}{count:>20,}  {count / parameters['total']:>7.2%}")
     prefill = count_flops(config, queries=context)["total"]

@@ -12,12 +12,15 @@ import math
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -46,19 +49,20 @@ DTYPES = {
 }
 
 
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
 @dataclass(frozen=True)
-class StoredTensor:
-    """One tensor in a safetensors file; `start` is its first byte, counted from the beginning of the file."""
+class TensorSpec:
+    """What a safetensors header says of a tensor, but for its place."""
 
     name: str
-    path: Path
-    dtype_name: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int
 
     @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype_name]
+    def dtype_name(self) -> str:
+        return DTYPE_NAMES[self.dtype]
 
     @property
     def elements(self) -> int:
@@ -70,11 +74,19 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
+class StoredTensor(TensorSpec):
+    """One tensor in a safetensors file; `start` is its first byte, counted from the beginning of the file."""
+
+    path: Path
+    start: int
+
+
+@dataclass(frozen=True)
 class Shard:
     """One output file: its name and the tensors it will hold, in the order of their bytes."""
 
     filename: str
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[TensorSpec, ...]
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +122,7 @@ def _parse_entry(path: Path, name: str, entry: dict, data_start: int) -> StoredT
     shape = tuple(entry["shape"])
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"tensor {name} has a shape or an offset that is not a whole number")
-    tensor = StoredTensor(name, path, entry["dtype"], shape, data_start + begin)
+    tensor = StoredTensor(name, DTYPES[entry["dtype"]], shape, path, data_start + begin)
     if end - begin != tensor.nbytes:
         raise ValueError(f"tensor {name} of {tensor.nbytes:,} bytes is given {end - begin:,}")
     return tensor
@@ -196,11 +208,11 @@ def bytes_of(flat: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-def plan_shards(tensors: Iterable[StoredTensor], shard_bytes: int) -> list[Shard]:
+def plan_shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> list[Shard]:
     """Deal tensors, in their order, to files of at most `shard_bytes` (a larger tensor has a file of its own)."""
     if shard_bytes <= 0:
         raise ValueError(f"shard_bytes={shard_bytes} is not positive; 5 GB is {5 * 10**9}.")
-    groups: list[list[StoredTensor]] = [[]]
+    groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for tensor in tensors:
         if groups[-1] and filled + tensor.nbytes > shard_bytes:
@@ -215,31 +227,56 @@ def plan_shards(tensors: Iterable[StoredTensor], shard_bytes: int) -> list[Shard
     return [Shard(f"model-{i:05d}-of-{len(ordered):05d}.safetensors", group) for i, group in enumerate(ordered, 1)]
 
 
-def write_shard(path: Path, shard: Shard, blocks: Callable[[StoredTensor], Iterator[Tensor]]) -> str:
+class HashedFile:
+    """A file in the making: hashes what it is given; on the disk, not only in its cache, when the `with` block ends well.
+
+    OSError says which file, and that nothing is lost.
+    """
+
+    def __init__(self, path: Path, mode: str = "wb"):
+        self.path, self.mode, self.digest = path, mode, hashlib.sha256()
+
+    def __enter__(self) -> "HashedFile":
+        self.file = self.path.open(self.mode)
+        return self
+
+    def write(self, piece: bytes | memoryview) -> None:
+        self.digest.update(piece)
+        self.file.write(piece)
+
+    def keep(self, count: int = -1) -> None:
+        """Hash what is there already, up to the next `count` bytes or to the end."""
+        self.digest.update(self.file.read(count))
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            with self.file:
+                if error is None:
+                    self.file.flush()
+                    os.fsync(self.file.fileno())
+        except OSError as late:
+            # A full disk may show itself only here, where what is buffered goes out.
+            error = late
+        if isinstance(error, OSError):
+            reason = f"{error.strerror}; what is written is kept: mend this and run the same again"
+            raise OSError(error.errno, reason, str(self.path)) from error
+
+
+def write_shard(path: Path, shard: Shard, blocks: Callable[[TensorSpec], Iterator[Tensor]]) -> str:
     """Write one safetensors file, header first, then each tensor's flat `blocks` as they come; return its sha256.
 
-    Nothing is held but the block at hand. The file is on the disk, not only in its cache, when this returns.
+    Nothing is held but the block at hand.
     """
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with HashedFile(path) as file:
         for piece in _pieces(shard, blocks):
-            digest.update(piece)
-            _write(file, piece)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+            file.write(piece)
+    return file.digest.hexdigest()
 
 
-def _write(file, piece: bytes | memoryview) -> None:
-    try:
-        file.write(piece)
-    except OSError as error:
-        # The system's own error does not say which file, nor that nothing is lost.
-        reason = f"{error.strerror}; what is written is kept: mend this and run the same again"
-        raise OSError(error.errno, reason, str(file.name)) from error
-
-
-def _pieces(shard: Shard, blocks: Callable[[StoredTensor], Iterator[Tensor]]) -> Iterator[bytes | memoryview]:
+def _pieces(shard: Shard, blocks: Callable[[TensorSpec], Iterator[Tensor]]) -> Iterator[bytes | memoryview]:
     yield shard_header(shard)
     for tensor in shard.tensors:
         written = 0
@@ -340,7 +377,7 @@ class Job:
     def publish(self) -> None:
         """Make the finished folder `out`, in one rename, and forget the journal."""
         if not self.published:
-            for path in [*self.folder.iterdir(), self.folder]:
+            for path in [*self.folder.rglob("*"), self.folder]:
                 _sync(path)
             self.folder.rename(self.out)
             _sync(self.out.parent)
@@ -354,6 +391,62 @@ class Job:
     def close(self) -> None:
         """Let go of the lock; what is written stays for the next process."""
         self._file.close()
+
+
+class Stopped(Exception):
+    """Another file has failed, and this one need not be finished."""
+
+
+@dataclass(frozen=True)
+class OutFile:
+    """A file to be written: `write(path, tick)` writes it, calls `tick(block)` behind each block of tensors, and returns facts
+    for the journal, its sha256 among them."""
+
+    name: str
+    nbytes: int
+    write: Callable[[Path, Callable[[Tensor], None]], Mapping]
+
+
+def write_files(job: Job, files: list[OutFile], *, workers: int, progress: bool, label: str) -> None:
+    """Write the files that the job has not yet, `workers` at a time, each recorded as soon as it is whole.
+
+    OSError before the first byte if the disk cannot hold them; an error in one stops all.
+    """
+    missing = [file for file in files if file.name not in job.done]
+    total_bytes, missing_bytes = (sum(file.nbytes for file in some) for some in (files, missing))
+    check_space(job.folder, missing_bytes)
+    lock, stopped = threading.Lock(), threading.Event()
+    with progress_bar(label, total_bytes, total_bytes - missing_bytes, progress) as bar:
+
+        def tick(block: Tensor) -> None:
+            if stopped.is_set():
+                raise Stopped
+            with lock:
+                bar.update(block.nbytes)
+
+        def write(file: OutFile) -> Mapping:
+            path = job.folder / file.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return file.write(path, tick)
+
+        with ThreadPoolExecutor(workers) as pool:
+            waiting = {pool.submit(write, file): file for file in missing}
+            try:
+                for future in as_completed(waiting):
+                    job.record(waiting[future].name, **future.result())
+            except BaseException:
+                stopped.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def progress_bar(label: str, total_bytes: int, done_bytes: int, progress: bool) -> tqdm:
+    return tqdm(total=total_bytes, initial=done_bytes, unit="B", unit_scale=True, desc=label, disable=not progress)
+
+
+def identity(paths: Iterable[Path]) -> list[list]:
+    """What stands for the content of source files in a job's plan: names, sizes and times."""
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(paths))]
 
 
 def _sync(path: Path) -> None:

@@ -6,23 +6,24 @@ theta = alpha * theta_thinking + (1 - alpha) * theta_nonthinking, alpha = 0.8  [
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from conversion.checkpoint import (
     Job,
+    OutFile,
     Shard,
     StoredTensor,
-    check_space,
+    identity,
     listed,
     open_checkpoint,
     plan_shards,
     read_elements,
+    write_files,
     write_index,
     write_shard,
 )
@@ -216,28 +217,25 @@ def _plan(thinking: dict[str, StoredTensor], nonthinking: dict[str, StoredTensor
     """All that decides the bytes of the output. Size and time stand for a source file's content."""
     plan = {"job": "linear merge", "alpha": float(alpha), "shard_bytes": shard_bytes}
     for role, tensors in (("thinking", thinking), ("nonthinking", nonthinking)):
-        paths = sorted({tensor.path for tensor in tensors.values()})
-        plan[role] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        plan[role] = identity(tensor.path for tensor in tensors.values())
     return plan
 
 
 def _write_shards(job: Job, shards: list[Shard], nonthinking: dict, alpha: float, progress: bool) -> None:
-    missing = [shard for shard in shards if shard.filename not in job.done]
-    total_bytes, missing_bytes = (sum(shard.nbytes for shard in some) for some in (shards, missing))
-    check_space(job.folder, missing_bytes)
-    initial = total_bytes - missing_bytes
-    with tqdm(
-        total=total_bytes, initial=initial, unit="B", unit_scale=True, desc=f"merge {alpha:g}", disable=not progress
-    ) as bar:
-        for shard in missing:
-            blocks = partial(_counted_blocks, nonthinking=nonthinking, alpha=alpha, bar=bar)
-            job.record(shard.filename, sha256=write_shard(job.folder / shard.filename, shard, blocks))
+    files = [
+        OutFile(shard.filename, shard.nbytes, partial(_write_merged, shard=shard, nonthinking=nonthinking, alpha=alpha))
+        for shard in shards
+    ]
+    write_files(job, files, workers=1, progress=progress, label=f"merge {alpha:g}")
 
 
-def _counted_blocks(tensor: StoredTensor, *, nonthinking: dict, alpha: float, bar: tqdm) -> Iterator[Tensor]:
-    for block in merge_blocks(tensor, nonthinking[tensor.name], alpha):
-        yield block
-        bar.update(block.nbytes)
+def _write_merged(path: Path, tick: Callable[[Tensor], None], *, shard: Shard, nonthinking: dict, alpha: float) -> dict:
+    def blocks(tensor: StoredTensor) -> Iterator[Tensor]:
+        for block in merge_blocks(tensor, nonthinking[tensor.name], alpha):
+            yield block
+            tick(block)
+
+    return {"sha256": write_shard(path, shard, blocks)}
 
 
 def _write_companions(job: Job, shards: list[Shard], thinking_dir: Path, nonthinking_dir: Path, alpha: float) -> None:

@@ -13,7 +13,8 @@ ROOMS = ("modeling_axk1", "trainers", "conversion", "serving", "recipes", "bench
 MAY_IMPORT = {
     "modeling_axk1": [],
     "trainers": ["modeling_axk1", "trainers"],
-    "conversion": ["modeling_axk1.configuration_axk1", "conversion"],
+    # The second writes the ids of the thinking tokens, where a tokenizer is converted along.
+    "conversion": ["modeling_axk1.configuration_axk1", "modeling_axk1.generation_axk1", "conversion"],
     "serving": ["modeling_axk1", "serving"],
     "axk1": ["modeling_axk1", "trainers", "conversion", "serving"],
 }

@@ -1,0 +1,612 @@
+"""How does an A.X K1 get from Hugging Face to Megatron and back, on a machine that holds neither Megatron nor a GPU?
+
+A source of any format is opened as Hugging Face's tensors, unread; the target's files are planned from those, then written as a
+stream, compared with the source and moved into place. Everything that is long resumes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig
+
+from conversion.checkpoint import (
+    Job,
+    OutFile,
+    Shard,
+    TensorSpec,
+    bytes_of,
+    identity,
+    listed,
+    open_checkpoint,
+    plan_shards,
+    progress_bar,
+    write_files,
+    write_index,
+    write_shard,
+)
+from conversion.config_map import arguments_from_config
+from conversion.megatron import TRACKER, all_post_norm_names, assemble, config_of, find_iteration, kind_of
+from conversion.megatron_dist import CHUNK_BYTES, DistFiles, arguments_of_dist, open_dist
+from conversion.megatron_legacy import Layout, RankFiles, arguments_of_legacy, check_layout, open_legacy, stage_layers
+from conversion.ops import BLOCK_BYTES, Mosaic, blocks, cat, filled, is_transposed, same_bits, stored
+from conversion.weight_map import VOCAB, Row, add_absent, hf_to_megatron, megatron_to_hf, rows_of
+from modeling_axk1.configuration_axk1 import AxK1Config
+from modeling_axk1.generation_axk1 import set_thinking_tokens
+
+MANIFEST = "manifest.json"
+RUN_OPTIONS = ("workers", "verify", "check_nan", "progress")
+# Read to foretell a conversion's time.
+MEASURED_BYTES = 2**26
+# What a tensor costs before anything of it is read: its names, places and plan. Measured on a table of K1's 24,000 rows.
+BYTES_A_TENSOR = 4096
+TOKENIZER_FILES = (
+    "*tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass
+class Opened:
+    """A checkpoint of any format as Hugging Face's tensors, unread."""
+
+    folder: Path
+    kind: str  # "hf", "legacy" or "torch_dist"
+    config: AxK1Config
+    tensors: dict[str, Mosaic]
+    rows: list[Row]
+    args: dict[str, Any] = field(default_factory=dict)  # Megatron's, if it is Megatron's
+    replicas: list[tuple[str, Mosaic, Mosaic]] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)  # constants for what the source leaves out
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def files(self) -> list[Path]:
+        return sorted({tile.path for tensor in self.tensors.values() for tile in tensor.tiles if tile.path})
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is to be understood where its own files do not say."""
+
+    vocab_size: int | None = None
+    tokenizer: Path | None = None
+    config: Path | None = None
+    post_norm: str | None = None
+    drop_fp8_state: bool = False
+
+
+AS_STORED = Reading()
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+def open_any(source: str | Path, reading: Reading = AS_STORED) -> Opened:
+    """Open a Hugging Face folder, or a Megatron checkpoint of either format. ValueError says what is wrong with it."""
+    source = Path(source)
+    return _open_hf(source) if (source / "config.json").exists() else _open_megatron(find_iteration(source), reading)
+
+
+def _open_hf(folder: Path) -> Opened:
+    said = json.loads((folder / "config.json").read_text()).get("model_type")
+    if said not in ("axk1", "AXK1"):
+        raise ValueError(f"{folder} holds a model of type {said!r}; only axk1 is converted.")
+    config = AxK1Config.from_pretrained(folder)
+    tensors = {name: stored(t.path, t.start, t.dtype, t.shape) for name, t in open_checkpoint(folder).items()}
+    layers = config.num_hidden_layers
+    # The release says that it has a prediction layer and ships none: the tensors decide.
+    config.num_nextn_predict_layers = sum(
+        f"model.layers.{layers + i}.enorm.weight" in tensors for i in range(len(tensors))
+    )
+    opened = Opened(folder, "hf", config, tensors, rows_of(config))
+    if config.tie_word_embeddings and HEAD in tensors:
+        opened.replicas.append((HEAD, tensors[EMBEDDING], tensors.pop(HEAD)))
+    opened.added = add_absent(config, opened.rows, tensors, lambda row: row.hf[0])
+    # Named, counted and measured, and put in the table's order.
+    opened.tensors = megatron_to_hf(opened.rows, hf_to_megatron(opened.rows, tensors))
+    return opened
+
+
+def _open_megatron(folder: Path, reading: Reading) -> Opened:
+    kind, names = kind_of(folder), all_post_norm_names(reading.post_norm)
+    if kind not in ("legacy", "torch_dist"):
+        raise ValueError(f"{folder} is of the format {kind!r}; save it as torch_dist, or as legacy rank files (torch).")
+    opener = open_legacy if kind == "legacy" else open_dist
+    source = opener(folder, names, reading.drop_fp8_state)
+    base = AxK1Config.from_pretrained(reading.config) if reading.config else None
+    config = config_of(source, _vocabulary(source.args, reading, base))
+    if base is not None:
+        _check_same_model(config, base)
+    _set_token_ids(config, base)
+    rows = rows_of(config)
+    whole, added = assemble(source, config, rows)
+    hf_names = {row.megatron: row.hf[0] for row in rows}
+    return Opened(
+        folder,
+        kind,
+        config,
+        megatron_to_hf(rows, whole),
+        rows,
+        args=source.args,
+        replicas=source.replicas,
+        added=[hf_names[name] for name in added],
+        facts=source.facts,
+    )
+
+
+def _vocabulary(args: Mapping[str, Any], reading: Reading, base: AxK1Config | None) -> int | None:
+    """The true vocabulary, from the first that says it; None leaves it to the arguments, which may not."""
+    if reading.vocab_size is not None:
+        return reading.vocab_size
+    if base is not None:
+        return base.vocab_size
+    if args.get("vocab_size") is None and reading.tokenizer is not None:
+        return len(AutoTokenizer.from_pretrained(reading.tokenizer))
+    return None
+
+
+MODEL_FIELDS = (
+    "hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads n_shared_experts n_routed_experts "
+    "num_experts_per_tok n_group topk_group norm_topk_prob routed_scaling_factor kv_lora_rank q_lora_rank qk_nope_head_dim "
+    "qk_rope_head_dim v_head_dim mlp_layer_types rms_norm_eps rope_parameters tie_word_embeddings"
+).split()
+
+
+def _check_same_model(config: AxK1Config, base: AxK1Config) -> None:
+    differing = [
+        f"{name} ({getattr(config, name)!r} and {getattr(base, name)!r})"
+        for name in MODEL_FIELDS
+        if getattr(config, name) != getattr(base, name)
+    ]
+    if differing:
+        raise ValueError(f"--config describes another model than the checkpoint: {listed(differing)}.")
+
+
+def _set_token_ids(config: AxK1Config, base: AxK1Config | None) -> None:
+    """Megatron's arguments hold none: those of `--config`, else the release's where the vocabulary has them."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(base or config, name)
+        fits = not isinstance(value, int) or value < config.vocab_size
+        setattr(config, name, value if fits else None)
+
+
+# -- planning and running ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion would write and need."""
+
+    files: list[tuple[str, int]]  # name, bytes of tensors
+    memory_bytes: int  # beyond the interpreter's own
+    seconds: float
+    bytes_per_s: float  # measured on the source: reading and hashing, by one worker
+
+    @property
+    def nbytes(self) -> int:
+        return sum(size for _, size in self.files)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did: where the result is, how much, how long, and what the source had left out."""
+
+    path: Path
+    nbytes: int
+    files: int
+    write_s: float
+    verify_s: float | None
+    added: tuple[str, ...]
+
+
+@dataclass
+class Conversion:
+    """A source, opened, and the files that it will become. Nothing is written before `run`."""
+
+    opened: Opened
+    target: Path
+    files: list[OutFile]
+    decides: dict[str, Any]  # with the source files, all that decides the output's bytes
+    companions: Callable[[Path, Mapping[str, Mapping]], None]  # writes what lies beside the files, once they are there
+    chunk_bytes: int  # what a worker holds at a time
+
+    def plan(self, workers: int | None = None) -> Plan:
+        """What would be written, the memory it takes, and the time that the source's first 64 MB promise."""
+        workers = default_workers() if workers is None else workers
+        tensors = self.opened.tensors.values()
+        largest = max([self.chunk_bytes, *(tensor.nbytes for tensor in tensors if is_transposed(tensor))])
+        rate, nbytes = _measured_rate(self.opened), sum(file.nbytes for file in self.files)
+        memory_bytes = 2 * workers * largest + BYTES_A_TENSOR * len(self.opened.tensors)
+        return Plan([(file.name, file.nbytes) for file in self.files], memory_bytes, nbytes / rate / workers, rate)
+
+    def run(
+        self, *, workers: int | None = None, verify: bool = True, check_nan: bool = False, progress: bool = True
+    ) -> Converted:
+        """Write, compare with the source, move into place.
+
+        workers: files written at a time. verify: read the result back and compare it with the source, tensor by tensor.
+        check_nan: look for NaN in the source first. A killed conversion goes on where it was when run again, and ends in the same
+        bytes. ValueError says what cannot be converted; OSError if the disk is full: the source is untouched, the same call
+        resumes.
+        """
+        workers = default_workers() if workers is None else workers
+        if workers < 1:
+            raise ValueError(f"workers={workers} is not a number of threads; use 1 or more.")
+        if check_nan:
+            find_nan(self.opened, workers, progress)
+        job = Job(self.target, self.decides | {"sources": identity(self.opened.files())})
+        write_s, verify_s = 0.0, None
+        try:
+            if not job.published:
+                begun = time.perf_counter()
+                label = f"{self.opened.kind} {self.decides['job']}"
+                write_files(job, self.files, workers=workers, progress=progress, label=label)
+                self.companions(job.folder, job.done)
+                self._write_manifest(job)
+                write_s = time.perf_counter() - begun
+                if verify:
+                    begun = time.perf_counter()
+                    self._require_same(job.folder, workers, progress)
+                    verify_s = time.perf_counter() - begun
+            job.publish()
+        except ValueError:
+            # A source that cannot be converted, or a result that is wrong: what was written can never be taken up again.
+            job.abandon()
+            raise
+        finally:
+            job.close()
+        nbytes = sum(file.nbytes for file in self.files)
+        return Converted(self.target, nbytes, len(self.files), write_s, verify_s, tuple(self.opened.added))
+
+    def _write_manifest(self, job: Job) -> None:
+        """What was written, with the sha256 of each file as it was written, before the disk had it."""
+        tensors = self.opened.tensors
+        manifest = {
+            "source_format": self.opened.kind,
+            "tensors": len(tensors),
+            "numbers": sum(tensor.elements for tensor in tensors.values()),
+            "constants": sorted(self.opened.added),
+            "files": {
+                file.name: {"bytes": (job.folder / file.name).stat().st_size, "sha256": job.done[file.name]["sha256"]}
+                for file in sorted(self.files, key=lambda file: file.name)
+            },
+        }
+        (job.folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+    def _require_same(self, folder: Path, workers: int, progress: bool) -> None:
+        check_replicas(self.opened)
+        written = open_any(folder)
+        differing = compare(self.opened.tensors, written.tensors, workers=workers, progress=progress)
+        if differing:
+            raise ValueError(
+                f"what was written to {folder} differs from {self.opened.folder}: {listed(differing)}; run it again."
+            )
+
+
+def default_workers() -> int:
+    """Files written at a time: reading, hashing and writing one keeps a core busy, and a disk serves few at once."""
+    return min(4, os.cpu_count() or 1)
+
+
+def _measured_rate(opened: Opened) -> float:
+    """Bytes a second of reading and hashing the first 64 MB."""
+    digest, seen, begun = hashlib.sha256(), 0, time.perf_counter()
+    for block in (block for tensor in opened.tensors.values() for block in blocks(tensor)):
+        digest.update(bytes_of(block))
+        seen += block.nbytes
+        if seen >= MEASURED_BYTES:
+            break
+    return max(seen, 1) / max(time.perf_counter() - begun, 1e-9)
+
+
+def convert_to_hf(source: str | Path, target: str | Path, **options) -> Converted:
+    """`to_hf(source, target, ...).run(...)`: options are those of both."""
+    return _run(to_hf, source, target, options)
+
+
+def convert_to_megatron(source: str | Path, target: str | Path, **options) -> Converted:
+    """`to_megatron(source, target, ...).run(...)`: options are those of both."""
+    return _run(to_megatron, source, target, options)
+
+
+def _run(
+    planner: Callable[..., Conversion], source: str | Path, target: str | Path, options: dict[str, Any]
+) -> Converted:
+    running = {name: options.pop(name) for name in RUN_OPTIONS if name in options}
+    return planner(source, target, **options).run(**running)
+
+
+# -- to Hugging Face --------------------------------------------------------------------------------------------------
+def to_hf(
+    source: str | Path,
+    target: str | Path,
+    *,
+    reading: Reading = AS_STORED,
+    shard_bytes: int = 5 * 10**9,
+) -> Conversion:
+    """Plan a folder that `from_pretrained` loads, ours and stock transformers' alike, of a checkpoint of any format."""
+    opened = open_any(source, reading)
+    shards = _hf_shards(opened, shard_bytes)
+    files = [
+        OutFile(shard.filename, shard.nbytes, partial(_write_hf_shard, shard=shard, tensors=opened.tensors))
+        for shard in shards
+    ]
+
+    def companions(folder: Path, done: Mapping[str, Mapping]) -> None:
+        write_index(folder, shards)
+        _write_config(folder, opened, reading.tokenizer)
+
+    decides = {"job": "to-hf", "shard_bytes": shard_bytes, "reading": repr(reading)}
+    return Conversion(opened, Path(target), files, decides, companions, BLOCK_BYTES)
+
+
+def _hf_shards(opened: Opened, shard_bytes: int) -> list[Shard]:
+    specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()]
+    return plan_shards(specs, shard_bytes)
+
+
+def _write_hf_shard(path: Path, tick: Callable[[Tensor], None], *, shard: Shard, tensors: dict[str, Mosaic]) -> dict:
+    def counted(spec: TensorSpec) -> Iterator[Tensor]:
+        for block in blocks(tensors[spec.name]):
+            yield block
+            tick(block)
+
+    return {"sha256": write_shard(path, shard, counted)}
+
+
+def _write_config(folder: Path, opened: Opened, tokenizer_dir: Path | None) -> None:
+    config = opened.config
+    config.architectures = ["AXK1ForCausalLM"]
+    config.dtype = opened.tensors[EMBEDDING].dtype
+    config.save_pretrained(folder)
+    generation_config = GenerationConfig.from_model_config(config)
+    if tokenizer_dir is not None:
+        for pattern in TOKENIZER_FILES:
+            for path in sorted(Path(tokenizer_dir).glob(pattern)):
+                shutil.copyfile(path, folder / path.name)
+        try:
+            set_thinking_tokens(generation_config, AutoTokenizer.from_pretrained(tokenizer_dir))
+        except ValueError as error:
+            warnings.warn(f"The thinking ids are not written: {error}", stacklevel=2)
+    generation_config.save_pretrained(folder)
+
+
+# -- to Megatron ------------------------------------------------------------------------------------------------------
+def to_megatron(
+    source: str | Path,
+    target: str | Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int | None = None,
+    ep: int = 1,
+    etp: int | None = None,
+    format: str = "torch_dist",
+    first_stage_layers: int | None = None,
+    last_stage_layers: int | None = None,
+    transformer_engine: bool | None = None,
+    vocab_divisor: int | None = None,
+    iteration: int | None = None,
+    reading: Reading = AS_STORED,
+    shard_bytes: int = 5 * 10**9,
+) -> Conversion:
+    """Plan a checkpoint of Megatron's in any layout: from Hugging Face, or from Megatron to reshard it.
+
+    format: "torch_dist" (one checkpoint for every layout; the layout is only noted) or "legacy" (rank files). vpp: chunks a
+    pipeline stage. etp: tensor parallelism inside experts; tp if None, as in Megatron. transformer_engine: that spec's names,
+    or the local spec's; None: a Megatron source's own, else local. vocab_divisor: Megatron's make_vocab_size_divisible_by,
+    128 if neither given nor known. iteration: None writes a `release`, which Megatron loads without optimizer state.
+    """
+    if format not in ("legacy", "torch_dist"):
+        raise ValueError(f"format={format!r} is unknown; use 'torch_dist' or 'legacy'.")
+    opened = open_any(source, reading)
+    layout = Layout(tp, pp, vpp or 1, ep, etp or tp)
+    if format == "legacy":
+        check_layout(layout, opened.config)
+    if transformer_engine is None:
+        transformer_engine = opened.args.get("transformer_impl") == "transformer_engine"
+    divisor = vocab_divisor or opened.args.get("make_vocab_size_divisible_by") or 128
+    tensors = _padded(opened, divisor * tp)
+    args = _arguments(opened, layout, format, transformer_engine, divisor, iteration)
+    args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers = (
+        first_stage_layers,
+        last_stage_layers,
+    )
+    if format == "legacy":
+        chunks = stage_layers(opened.config.num_hidden_layers, layout, first_stage_layers, last_stage_layers)
+        model = RankFiles(opened.config, opened.rows, tensors, layout, chunks, args, transformer_engine, iteration or 0)
+    else:
+        model = DistFiles(opened.config, opened.rows, tensors, args, transformer_engine, iteration or 0, shard_bytes)
+    inner = "release" if iteration is None else f"iter_{iteration:07d}"
+    files = [replace(file, name=f"{inner}/{file.name}") for file in model.files()]
+
+    def companions(folder: Path, done: Mapping[str, Mapping]) -> None:
+        if isinstance(model, DistFiles):
+            model.finish(folder / inner, {name.removeprefix(f"{inner}/"): facts for name, facts in done.items()})
+        (folder / TRACKER).write_text("release" if iteration is None else str(iteration))
+
+    decides = {"job": "to-megatron", "shard_bytes": shard_bytes, "reading": repr(reading), "args": repr(args)}
+    chunk_bytes = BLOCK_BYTES if format == "legacy" else CHUNK_BYTES
+    return Conversion(opened, Path(target), files, decides, companions, chunk_bytes)
+
+
+def _padded(opened: Opened, multiple: int) -> dict[str, Mosaic]:
+    """Megatron's tensors, the vocabulary filled up with zeros to the multiple that its ranks share."""
+    tensors = hf_to_megatron(opened.rows, opened.tensors)
+    for row in opened.rows:
+        if row.split == VOCAB and (missing := -row.shape[0] % multiple):
+            tensor = tensors[row.megatron]
+            tensors[row.megatron] = cat([tensor, filled(tensor.dtype, (missing, *row.shape[1:]), 0.0)], 0)
+    return tensors
+
+
+def _arguments(
+    opened: Opened,
+    layout: Layout,
+    format: str,
+    transformer_engine: bool,
+    divisor: int,
+    iteration: int | None,
+) -> Namespace:
+    vocab, dtype = opened.config.vocab_size, opened.tensors[EMBEDDING].dtype
+    return Namespace(
+        **arguments_from_config(opened.config),
+        make_vocab_size_divisible_by=divisor,
+        padded_vocab_size=vocab + -vocab % (divisor * layout.tp),
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        context_parallel_size=1,
+        data_parallel_size=1,
+        world_size=max(layout.tp, layout.ep * layout.etp) * layout.pp,
+        transformer_impl="transformer_engine" if transformer_engine else "local",
+        moe_grouped_gemm=transformer_engine,
+        ckpt_format="torch" if format == "legacy" else format,
+        use_dist_ckpt=format != "legacy",
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        iteration=iteration or 0,
+        no_save_optim=True,
+        no_save_rng=True,
+        tokenizer_type="HuggingFaceTokenizer",
+    )
+
+
+# -- looking ----------------------------------------------------------------------------------------------------------
+def verify(
+    a: str | Path,
+    b: str | Path,
+    *,
+    reading: Reading = AS_STORED,
+    workers: int | None = None,
+    progress: bool = True,
+) -> list[str]:
+    """What differs between two checkpoints of any formats, one entry a tensor, compared bit for bit; [] if nothing does."""
+    left, right = open_any(a, reading), open_any(b, reading)
+    for opened in (left, right):
+        check_replicas(opened)
+    return compare(left.tensors, right.tensors, workers=workers or default_workers(), progress=progress)
+
+
+def check_replicas(opened: Opened) -> None:
+    """ValueError if two ranks disagree on a tensor that both hold whole: then nobody knows which one is right."""
+    for name, a, b in opened.replicas:
+        if (a.dtype, a.shape) != (b.dtype, b.shape) or not same_bits(a, b):
+            raise ValueError(
+                f"{a.tiles[0].path} and {b.tiles[0].path} hold different copies of {name}; the checkpoint is damaged or mixed "
+                "(--no-verify takes the first)."
+            )
+
+
+def compare(a: Mapping[str, Mosaic], b: Mapping[str, Mosaic], *, workers: int = 1, progress: bool = False) -> list[str]:
+    """One entry for each tensor that only one has, or whose dtype, shape or bits differ."""
+    only = [f"{name} (only the first has it)" for name in a if name not in b]
+    only += [f"{name} (only the second has it)" for name in b if name not in a]
+    both = [name for name in a if name in b]
+
+    def difference(name: str) -> str | None:
+        x, y = a[name], b[name]
+        if (x.dtype, x.shape) != (y.dtype, y.shape):
+            return f"{name} ({x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)})"
+        return None if same_bits(x, y) else f"{name} (its numbers)"
+
+    return [*only, *filter(None, _over(a, both, difference, "verify", workers, progress))]
+
+
+def find_nan(opened: Opened, workers: int, progress: bool) -> None:
+    """ValueError that names every tensor with a NaN."""
+
+    def has_nan(name: str) -> str | None:
+        floats = opened.tensors[name].dtype.is_floating_point
+        return name if floats and any(block.isnan().any() for block in blocks(opened.tensors[name])) else None
+
+    found = list(filter(None, _over(opened.tensors, opened.tensors, has_nan, "look for NaN", workers, progress)))
+    if found:
+        raise ValueError(
+            f"{opened.folder} holds NaN in {listed(found)}; take an earlier iteration, or leave out --check-nan."
+        )
+
+
+def _over(
+    tensors: Mapping[str, Mosaic],
+    names: Iterable[str],
+    look: Callable[[str], str | None],
+    label: str,
+    workers: int,
+    progress: bool,
+) -> Iterator[str | None]:
+    """`look` at each tensor, several at a time, with a bar of bytes; results in order."""
+    names = list(names)
+    with progress_bar(label, sum(tensors[name].nbytes for name in names), 0, progress) as bar:
+        with ThreadPoolExecutor(workers) as pool:
+            for name, result in zip(names, pool.map(look, names), strict=True):
+                bar.update(tensors[name].nbytes)
+                yield result
+
+
+def inspect(source: str | Path, reading: Reading = AS_STORED) -> dict[str, Any]:
+    """What a checkpoint is: format, version, layout, size, parts; under "problem", why it cannot be converted, if it cannot."""
+    source = Path(source)
+    folder = source if (source / "config.json").exists() else find_iteration(source)
+    facts: dict[str, Any] = {"folder": str(folder)}
+    if folder is not source or not (source / "config.json").exists():
+        facts |= _megatron_facts(folder)
+    try:
+        opened = open_any(source, reading)
+    except ValueError as error:
+        return facts | {"problem": str(error)}
+    config = opened.config
+    return facts | {
+        "format": opened.kind,
+        **opened.facts,
+        "parameters": sum(
+            t.elements for name, t in opened.tensors.items() if not name.endswith("e_score_correction_bias")
+        ),
+        "bytes": opened.nbytes,
+        "tensors": len(opened.tensors),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in opened.tensors.values()}),
+        "layers": config.num_hidden_layers,
+        "moe_layers": config.mlp_layer_types.count("sparse"),
+        "routed_experts": config.n_routed_experts,
+        "vocab_size": config.vocab_size,
+        "mtp_layers": config.num_nextn_predict_layers,
+        "post_mlp_norm": config.post_mlp_norm,
+        "topk_method": config.topk_method,
+        "rope": config.rope_parameters["rope_type"],
+        "missing": opened.added,
+    }
+
+
+def _megatron_facts(folder: Path) -> dict[str, Any]:
+    """What the arguments alone say, for a checkpoint that may not be whole."""
+    kind = kind_of(folder)
+    try:
+        args = arguments_of_legacy(folder) if kind == "legacy" else arguments_of_dist(folder)
+    except ValueError:
+        return {"format": kind}
+    layout = Layout.of(args)
+    return {
+        "format": kind,
+        "layout": f"TP{layout.tp} PP{layout.pp} VPP{layout.vpp} EP{layout.ep} ETP{layout.etp}",
+        "spec": args.get("transformer_impl"),
+    }

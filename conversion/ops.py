@@ -1,0 +1,252 @@
+"""How are the tensors of one format made of another's, without reading a byte?
+
+A `Mosaic` is a tensor whose numbers lie in files: boxes of it (`Tile`), each a strided view of one file. Every op here moves
+boxes about and has its inverse; only `blocks` and `read` touch the disk.
+
+    narrow, split   <->  cat        a shard of tensor parallelism, a padded vocabulary
+    split_halves    <->  cat_halves  shards of [gate; up]: each holds its part of both
+    unstack         <->  stack      experts or layers in one tensor
+    swap, reshape                   their own inverses; GroupedMLP's transposed experts
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, combinations
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Read, hashed and written at a time: large enough that system calls cost nothing, small enough for a core's cache.
+BLOCK_BYTES = 2**21
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A box of a tensor: where it begins there, its shape, and where its numbers lie.
+
+    Element (0, ...) is at byte `start` of `path`; `strides` count elements. Without a path the box holds `fill` everywhere.
+    """
+
+    origin: tuple[int, ...]
+    shape: tuple[int, ...]
+    path: Path | None
+    start: int
+    strides: tuple[int, ...]
+    fill: float = 0.0
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last one in the file, both included."""
+        return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides)) if self.elements else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Mosaic:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    tiles: tuple[Tile, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    return tuple(accumulate(shape[:0:-1], lambda a, b: a * b, initial=1))[::-1] if shape else ()
+
+
+def stored(path: Path, start: int, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int] | None = None):
+    """A tensor that lies in one file as one view; contiguous unless `strides` say otherwise."""
+    shape = tuple(shape)
+    tile = Tile((0,) * len(shape), shape, path, start, row_major(shape) if strides is None else tuple(strides))
+    return Mosaic(dtype, shape, (tile,))
+
+
+def filled(dtype: torch.dtype, shape: Sequence[int], value: float) -> Mosaic:
+    """A constant tensor that lies in no file."""
+    shape = tuple(shape)
+    return Mosaic(dtype, shape, (Tile((0,) * len(shape), shape, None, 0, row_major(shape), value),))
+
+
+def _at(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
+    return (*values[:dim], value, *values[dim + 1 :])
+
+
+def narrow(tensor: Mosaic, dim: int, start: int, length: int) -> Mosaic:
+    """Entries [start, start + length) of one dimension."""
+    assert 0 <= start and start + length <= tensor.shape[dim], (tensor.shape, dim, start, length)
+    tiles = []
+    for tile in tensor.tiles:
+        low = max(start, tile.origin[dim])
+        high = min(start + length, tile.origin[dim] + tile.shape[dim])
+        if low < high:
+            skipped = (low - tile.origin[dim]) * tile.strides[dim] * tensor.dtype.itemsize
+            origin, shape = _at(tile.origin, dim, low - start), _at(tile.shape, dim, high - low)
+            tiles.append(replace(tile, origin=origin, shape=shape, start=tile.start + skipped))
+    return Mosaic(tensor.dtype, _at(tensor.shape, dim, length), tuple(tiles))
+
+
+def split(tensor: Mosaic, dim: int, parts: int) -> list[Mosaic]:
+    """Equal parts along one dimension."""
+    assert tensor.shape[dim] % parts == 0, (tensor.shape, dim, parts)
+    size = tensor.shape[dim] // parts
+    return [narrow(tensor, dim, i * size, size) for i in range(parts)]
+
+
+def cat(parts: Sequence[Mosaic], dim: int) -> Mosaic:
+    tiles, offset = [], 0
+    for part in parts:
+        assert part.dtype == parts[0].dtype, [part.dtype for part in parts]
+        assert _at(part.shape, dim, 0) == _at(parts[0].shape, dim, 0), [part.shape for part in parts]
+        tiles += [replace(tile, origin=_at(tile.origin, dim, tile.origin[dim] + offset)) for tile in part.tiles]
+        offset += part.shape[dim]
+    return Mosaic(parts[0].dtype, _at(parts[0].shape, dim, offset), tuple(tiles))
+
+
+def cat_halves(shards: Sequence[Mosaic]) -> Mosaic:
+    """[gate; up] of shards that are [part of gate; part of up]; plain concatenation would interleave the two."""
+    halves = [split(shard, 0, 2) for shard in shards]
+    return cat([gate for gate, _ in halves] + [up for _, up in halves], 0)
+
+
+def split_halves(tensor: Mosaic, parts: int) -> list[Mosaic]:
+    """The inverse of `cat_halves`."""
+    gate, up = split(tensor, 0, 2)
+    return [cat(pair, 0) for pair in zip(split(gate, 0, parts), split(up, 0, parts), strict=True)]
+
+
+def unstack(tensor: Mosaic) -> list[Mosaic]:
+    """The entries of the first dimension, without it."""
+    sheets: list[list[Tile]] = [[] for _ in range(tensor.shape[0])]
+    for tile in tensor.tiles:
+        for i in range(tile.shape[0]):
+            start = tile.start + i * tile.strides[0] * tensor.dtype.itemsize
+            cut = Tile(tile.origin[1:], tile.shape[1:], tile.path, start, tile.strides[1:], tile.fill)
+            sheets[tile.origin[0] + i].append(cut)
+    return [Mosaic(tensor.dtype, tensor.shape[1:], tuple(tiles)) for tiles in sheets]
+
+
+def stack(sheets: Sequence[Mosaic]) -> Mosaic:
+    """The inverse of `unstack`."""
+    assert all((s.dtype, s.shape) == (sheets[0].dtype, sheets[0].shape) for s in sheets), [s.shape for s in sheets]
+    tiles = [
+        Tile((i, *tile.origin), (1, *tile.shape), tile.path, tile.start, (0, *tile.strides), tile.fill)
+        for i, sheet in enumerate(sheets)
+        for tile in sheet.tiles
+    ]
+    return Mosaic(sheets[0].dtype, (len(sheets), *sheets[0].shape), tuple(tiles))
+
+
+def swap(tensor: Mosaic) -> Mosaic:
+    """The last two dimensions exchanged."""
+
+    def swapped(values: tuple[int, ...]) -> tuple[int, ...]:
+        return (*values[:-2], values[-1], values[-2])
+
+    tiles = tuple(
+        replace(t, origin=swapped(t.origin), shape=swapped(t.shape), strides=swapped(t.strides)) for t in tensor.tiles
+    )
+    return Mosaic(tensor.dtype, swapped(tensor.shape), tiles)
+
+
+def reshape(tensor: Mosaic, shape: Sequence[int]) -> Mosaic:
+    """The same numbers in the same order under another shape; of one contiguous view only."""
+    (tile,) = tensor.tiles
+    assert tile.strides == row_major(tile.shape) and math.prod(shape) == tensor.elements, (tensor, shape)
+    return stored(tile.path, tile.start, tensor.dtype, shape)
+
+
+def covers(tensor: Mosaic) -> bool:
+    """Whether the boxes fill the tensor, each place once. Squared in the number of boxes: for tensors of few."""
+    inside = all(o >= 0 and o + n <= s for t in tensor.tiles for o, n, s in zip(t.origin, t.shape, tensor.shape))
+    apart = all(_disjoint(a, b) for a, b in combinations(tensor.tiles, 2))
+    return inside and apart and sum(tile.elements for tile in tensor.tiles) == tensor.elements
+
+
+def _disjoint(a: Tile, b: Tile) -> bool:
+    boxes = zip(a.origin, a.shape, b.origin, b.shape)
+    return any(oa + na <= ob or ob + nb <= oa for oa, na, ob, nb in boxes)
+
+
+def read(tensor: Mosaic) -> Tensor:
+    """The whole tensor in memory."""
+    out = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for tile in tensor.tiles:
+        _read_tile(tile, _box(out, tile))
+    return out
+
+
+def blocks(tensor: Mosaic, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
+    """The numbers in order, as flat tensors of about `block_bytes`; of transposed tensors, all at once."""
+    for part in _row_blocks(block_bytes, tensor):
+        yield read(*part).flatten()
+
+
+def same_bits(a: Mosaic, b: Mosaic) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bytes, a block at a time."""
+    assert (a.dtype, a.shape) == (b.dtype, b.shape), (a.dtype, a.shape, b.dtype, b.shape)
+    return all(torch.equal(_bytes(read(x)), _bytes(read(y))) for x, y in _row_blocks(BLOCK_BYTES, a, b))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)
+
+
+def _row_blocks(block_bytes: int, *tensors: Mosaic) -> Iterator[list[Mosaic]]:
+    """The same blocks of rows of several tensors of one shape."""
+    tensor = tensors[0]
+    if not tensor.shape or not tensor.elements:
+        yield list(tensors)
+        return
+    rows = max(1, block_bytes // (tensor.nbytes // tensor.shape[0]))
+    if any(is_transposed(each) for each in tensors):
+        rows = tensor.shape[0]
+    for start in range(0, tensor.shape[0], rows):
+        yield [narrow(each, 0, start, min(rows, tensor.shape[0] - start)) for each in tensors]
+
+
+def is_transposed(tensor: Mosaic) -> bool:
+    """Whether rows lie across the file: a block of them lies all over it, so that each would read nearly the whole."""
+    return any(len(tile.shape) > 1 and tile.strides[0] < tile.strides[-1] for tile in tensor.tiles)
+
+
+def _box(out: Tensor, tile: Tile) -> Tensor:
+    for dim, (origin, size) in enumerate(zip(tile.origin, tile.shape)):
+        out = out.narrow(dim, origin, size)
+    return out
+
+
+def _read_tile(tile: Tile, out: Tensor) -> None:
+    if tile.path is None:
+        out.fill_(tile.fill)
+        return
+    # Strides of dimensions of size 1 say nothing.
+    packed = all(n == 1 or s == p for n, s, p in zip(tile.shape, tile.strides, row_major(tile.shape)))
+    flat = out if packed and out.is_contiguous() else torch.empty(tile.span, dtype=out.dtype)
+    if flat.numel():
+        _read_bytes(tile, memoryview(flat.view(-1).view(torch.uint8).numpy()))
+    if flat is not out:
+        out.copy_(flat.as_strided(tile.shape, tile.strides))
+
+
+def _read_bytes(tile: Tile, buffer: memoryview) -> None:
+    # A plain read, not a memory map: a map of a file that shrinks meanwhile kills the process, a short read is an error.
+    with tile.path.open("rb", buffering=0) as file:
+        file.seek(tile.start)
+        # Linux hands out at most 2 GiB a call.
+        while len(buffer):
+            count = file.readinto(buffer)
+            if not count:
+                raise ValueError(f"{tile.path} ended where a tensor should be; it has changed since it was opened.")
+            buffer = buffer[count:]

@@ -1,0 +1,496 @@
+"""Does a checkpoint get from Megatron to Hugging Face and back without losing a bit, whatever happens on the way?"""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AXK1ForCausalLM
+
+from conversion import Reading, convert_to_hf, convert_to_megatron, inspect, to_hf, verify
+from conversion.checkpoint import HashedFile
+from modeling_axk1 import AxK1Config, AxK1ForCausalLM
+from modeling_axk1.modeling_axk1 import AxK1DecoderLayer, AxK1RMSNorm
+from tests.conversion.megatron_files import FIXTURES, LAYOUTS, PLAIN, checkpoints, reference
+from tests.random_models import ours, random_config, tiny_chat_config
+from tests.tolerances import MEGATRON
+from trainers.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+SOURCE = FIXTURES / "tp2_pp2_ep2_etp1" / "torch_dist"
+# Every kind of parallelism, alone and together, in both formats.
+TARGETS = [
+    {"format": "torch_dist"},
+    {"format": "torch_dist", "tp": 4, "transformer_engine": True},
+    {"format": "legacy"},
+    {"format": "legacy", "tp": 2},
+    {"format": "legacy", "tp": 2, "etp": 1, "ep": 2},
+    {"format": "legacy", "tp": 2, "ep": 4, "etp": 1},
+    {"format": "legacy", "tp": 4, "ep": 2, "etp": 2, "transformer_engine": True},
+    {"format": "legacy", "pp": 2, "vpp": 2, "ep": 2},
+    {"format": "legacy", "pp": 3, "first_stage_layers": 1, "last_stage_layers": 1, "tp": 2},
+]
+
+
+def named(target):
+    return "-".join(f"{key[:3]}{value}" if value is not True else "te" for key, value in target.items())
+
+
+def load_folder(folder):
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), (
+            name
+        )
+
+
+@pytest.mark.parametrize(("layout", "kind"), checkpoints(), ids="-".join)
+def test_logits_are_megatrons(tmp_path, layout, kind):
+    convert_to_hf(FIXTURES / layout / kind, tmp_path / "hf", progress=False)
+    truth = reference(layout)
+    for cls in (AxK1ForCausalLM, AXK1ForCausalLM):
+        with torch.inference_mode():
+            logits = cls.from_pretrained(tmp_path / "hf").eval()(truth["input_ids"]).logits
+        torch.testing.assert_close(logits, truth["logits"], atol=MEGATRON, rtol=0)
+    assert truth["logits"].abs().max() > 1
+
+
+@pytest.mark.parametrize("kind", ["legacy", "torch_dist"])
+def test_multi_token_prediction_is_megatrons(tmp_path, kind):
+    """The layer behind the last: norms of the next token's embedding and of the hidden state, joined, one block, the head."""
+    convert_to_hf(FIXTURES / "mtp_pp2" / kind, tmp_path / "hf", progress=False)
+    tensors, truth = load_folder(tmp_path / "hf"), reference("mtp_pp2")
+    model = AxK1ForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    config = model.config
+    assert config.num_nextn_predict_layers == 1
+    weights = {
+        name.removeprefix("model.layers.4."): t for name, t in tensors.items() if name.startswith("model.layers.4.")
+    }
+    block = AxK1DecoderLayer(config, config.num_hidden_layers - 1).eval()
+    experts = {
+        part: torch.stack([weights.pop(f"mlp.experts.{e}.{part}_proj.weight") for e in range(config.n_routed_experts)])
+        for part in ("gate", "up", "down")
+    }
+    weights["mlp.experts.gate_up_proj"] = torch.cat([experts["gate"], experts["up"]], dim=1)
+    weights["mlp.experts.down_proj"] = experts["down"]
+    weights["mlp.post_mlp_layernorm.weight"] = weights.pop("post_mlp_layernorm.weight")
+    head = {
+        name: weights.pop(name)
+        for name in ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
+    }
+    block.load_state_dict(weights)
+
+    def norm(x, name):
+        layer = AxK1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        layer.weight.data = head[name]
+        return layer(x)
+
+    input_ids = truth["input_ids"]
+    with torch.inference_mode():
+        hidden = model.model(input_ids).last_hidden_state
+        # Megatron rolls the ids; the last position sees the first token, or nothing: it is left out below.
+        following = model.model.embed_tokens(input_ids.roll(-1, 1))
+        joined = (
+            torch.cat([norm(following, "enorm.weight"), norm(hidden, "hnorm.weight")], -1) @ head["eh_proj.weight"].t()
+        )
+        positions = torch.arange(input_ids.shape[1])[None]
+        mask = torch.full((1, 1, 24, 24), float("-inf")).triu(1)
+        out = block(joined, attention_mask=mask, position_embeddings=model.model.rotary_emb(joined, positions))
+        out = out[0] if isinstance(out, tuple) else out
+        logits = model.lm_head(norm(out, "shared_head.norm.weight"))
+    torch.testing.assert_close(logits[:, :-1], truth["mtp_logits"][0][:, :-1], atol=MEGATRON, rtol=0)
+
+
+def test_layouts_of_one_model_give_the_same_bits(tmp_path):
+    folders = [convert_to_hf(FIXTURES / layout / "legacy", tmp_path / layout, progress=False).path for layout in PLAIN]
+    first, *others = [load_folder(folder) for folder in folders]
+    for other in others:
+        assert_same_bits(first, other)
+    assert_same_bits(first, load_folder(convert_to_hf(SOURCE, tmp_path / "dist", progress=False).path))
+    # And two models are told apart.
+    assert len(verify(SOURCE, FIXTURES / "te_tp2_ep2_etp1" / "legacy", progress=False)) > 50
+
+
+def saved_model(folder, seed=3, dtype=torch.float32, **overrides):
+    """A random A.X K1 that every target can hold, as Hugging Face's folder; odd sizes, mixed dtypes."""
+    fixed = {
+        "attention_bias": False,
+        "rope_interleave": True,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_hidden_layers": 4,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 12,
+        "vocab_size": 67,
+    }
+    model = ours(random_config(seed, **fixed | overrides))
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=named)
+def test_hugging_face_to_megatron_and_back_loses_nothing(tmp_path, target):
+    hf = saved_model(tmp_path / "hf", dtype=torch.bfloat16)
+    convert_to_megatron(hf, tmp_path / "megatron", progress=False, **target)
+    convert_to_hf(tmp_path / "megatron", tmp_path / "back", progress=False)
+    assert_same_bits(load_folder(hf), load_folder(tmp_path / "back"))
+    bias = load_folder(tmp_path / "back")["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert bias.dtype == torch.float32 and bias.abs().sum() > 0
+    before, after = (AxK1Config.from_pretrained(folder).to_dict() for folder in (hf, tmp_path / "back"))
+    assert {key for key in before if before[key] != after[key]} <= {"transformers_version"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"tie_word_embeddings": True},
+        {"post_mlp_norm": False},
+        {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
+        {"first_k_dense_replace": 0},
+        {"first_k_dense_replace": 2, "n_shared_experts": 2},
+        {"n_group": 1, "topk_group": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("target", [TARGETS[1], TARGETS[4], TARGETS[7]], ids=named)
+def test_every_variety_of_model(tmp_path, overrides, target):
+    hf = saved_model(tmp_path / "hf", **overrides)
+    convert_to_megatron(hf, tmp_path / "megatron", progress=False, **target)
+    convert_to_hf(tmp_path / "megatron", tmp_path / "back", progress=False)
+    assert_same_bits(load_folder(hf), load_folder(tmp_path / "back"))
+    tokens = torch.randint(0, 67, (1, 9))
+    with torch.inference_mode():
+        logits = [AxK1ForCausalLM.from_pretrained(folder).eval()(tokens).logits for folder in (hf, tmp_path / "back")]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resharding_from_megatron_to_megatron(tmp_path, layout):
+    source = FIXTURES / layout / "legacy"
+    convert_to_megatron(source, tmp_path / "a", format="legacy", tp=4, pp=2, progress=False)
+    convert_to_megatron(tmp_path / "a", tmp_path / "b", format="legacy", tp=2, ep=4, etp=1, progress=False)
+    assert verify(source, tmp_path / "b", progress=False) == []
+
+
+def test_without_a_post_norm_it_says_who_cannot_run_it(tmp_path, caplog):
+    hf = saved_model(tmp_path / "hf", post_mlp_norm=False)
+    convert_to_megatron(hf, tmp_path / "megatron", progress=False)
+    with caplog.at_level("WARNING"):
+        transformers.utils.logging.enable_propagation()
+        convert_to_hf(tmp_path / "megatron", tmp_path / "back", progress=False)
+    assert "stock transformers and vLLM cannot run this model" in caplog.text
+    assert AxK1Config.from_pretrained(tmp_path / "back").post_mlp_norm is False
+
+
+def test_what_stock_transformers_loses_is_put_back(tmp_path):
+    """Stock saves no norm for the dense layer: ones stand for it, are named, and vLLM loads the result."""
+    AXK1ForCausalLM.from_pretrained(saved_model(tmp_path / "hf")).save_pretrained(tmp_path / "stock")
+    name = "model.layers.0.post_mlp_layernorm.weight"
+    assert name not in load_folder(tmp_path / "stock")
+    done = convert_to_megatron(tmp_path / "stock", tmp_path / "megatron", progress=False)
+    assert done.added == (name,)
+    convert_to_hf(tmp_path / "megatron", tmp_path / "back", progress=False)
+    assert load_folder(tmp_path / "back")[name].eq(1).all()
+    assert verify(tmp_path / "megatron", tmp_path / "stock", progress=False) == []
+
+
+def test_tokenizer_vocabulary_and_thinking_ids(tmp_path):
+    tokenizer = train_tokenizer(["user assistant 1 2 3"], vocab_size=280)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    AxK1ForCausalLM(tiny_chat_config(len(tokenizer))).save_pretrained(tmp_path / "hf")
+    convert_to_megatron(tmp_path / "hf", tmp_path / "megatron", format="legacy", progress=False)
+    path = next((tmp_path / "megatron").rglob("*.pt"))
+    file = torch.load(path, weights_only=False)
+    file["args"].vocab_size = None
+    torch.save(file, path)
+    with pytest.raises(ValueError, match="padded_vocab_size=384; give --vocab-size"):
+        to_hf(tmp_path / "megatron", tmp_path / "back")
+    reading = Reading(tokenizer=tmp_path / "tokenizer")
+    convert_to_hf(tmp_path / "megatron", tmp_path / "back", reading=reading, progress=False)
+    assert_same_bits(load_folder(tmp_path / "hf"), load_folder(tmp_path / "back"))
+    model = AxK1ForCausalLM.from_pretrained(tmp_path / "back")
+    assert model.generation_config.think_token_id == tokenizer.convert_tokens_to_ids("<think>")
+    assert (tmp_path / "back" / "tokenizer.json").exists()
+    with pytest.raises(ValueError, match="too small for a vocabulary of 400"):
+        to_hf(tmp_path / "megatron", tmp_path / "x", reading=Reading(vocab_size=400))
+
+
+def test_a_config_is_agreed_with(tmp_path):
+    hf = saved_model(tmp_path / "hf", bos_token_id=5, eos_token_id=[6, 7])
+    convert_to_megatron(hf, tmp_path / "megatron", progress=False)
+    convert_to_hf(tmp_path / "megatron", tmp_path / "back", reading=Reading(config=hf), progress=False)
+    config = AxK1Config.from_pretrained(tmp_path / "back")
+    assert config.bos_token_id == 5 and config.eos_token_id == [6, 7]
+    saved_model(tmp_path / "other", routed_scaling_factor=1.0)
+    with pytest.raises(ValueError, match=r"another model than the checkpoint: routed_scaling_factor \(2.5 and 1.0\)"):
+        to_hf(tmp_path / "megatron", tmp_path / "x", reading=Reading(config=tmp_path / "other"))
+
+
+def test_shards_are_bounded_and_the_manifest_is_right(tmp_path):
+    done = convert_to_hf(SOURCE, tmp_path / "hf", shard_bytes=200_000, progress=False)
+    manifest = json.loads((tmp_path / "hf" / "manifest.json").read_text())
+    shards = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert len(shards) > 4 and sorted(manifest["files"]) == shards and done.files == len(shards)
+    for name, facts in manifest["files"].items():
+        path = tmp_path / "hf" / name
+        line = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout
+        assert line.split()[0] == facts["sha256"] and path.stat().st_size == facts["bytes"] <= 250_000
+    AxK1ForCausalLM.from_pretrained(tmp_path / "hf")
+
+
+def test_inspect_says_what_it_is(tmp_path):
+    facts = inspect(FIXTURES / "mtp_pp2" / "legacy")
+    expected = {"format": "legacy", "iteration": 10, "mtp_layers": 1, "layers": 4, "vocab_size": 131, "missing": []}
+    assert facts.items() >= expected.items() and facts["layout"] == "TP1 PP2 VPP1 EP1 ETP1"
+    broken = inspect(FIXTURES / "incomplete_tp2_ep1_etp1" / "legacy")
+    assert "lacks the rank files mp_rank_01" in broken["problem"] and broken["layout"].startswith("TP2")
+    convert_to_hf(SOURCE, tmp_path / "hf", progress=False)
+    assert inspect(tmp_path / "hf")["parameters"] == inspect(SOURCE)["parameters"] == 252_256
+
+
+def test_verify_finds_one_bit(tmp_path):
+    convert_to_hf(SOURCE, tmp_path / "hf", progress=False)
+    tensors = load_folder(tmp_path / "hf")
+    name = "model.layers.3.mlp.experts.5.up_proj.weight"
+    tensors[name].view(torch.int32)[7, 7] ^= 1
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    assert verify(SOURCE, tmp_path / "hf", progress=False) == [f"{name} (its numbers)"]
+
+
+def test_nan_is_found_on_request(tmp_path):
+    hf = saved_model(tmp_path / "hf")
+    tensors = load_folder(hf)
+    tensors["model.layers.2.mlp.gate.weight"][1, 1] = torch.nan
+    save_file(tensors, hf / "model.safetensors")
+    with pytest.raises(ValueError, match="holds NaN in model.layers.2.mlp.gate.weight"):
+        convert_to_megatron(hf, tmp_path / "a", check_nan=True, progress=False)
+    assert not (tmp_path / "a").exists()
+    convert_to_megatron(hf, tmp_path / "a", progress=False)
+
+
+def test_a_dry_run_writes_nothing_and_foretells_the_files(tmp_path):
+    conversion = to_hf(SOURCE, tmp_path / "hf", shard_bytes=200_000)
+    plan = conversion.plan()
+    assert not list(tmp_path.iterdir()) and plan.seconds > 0 and plan.memory_bytes > 0
+    conversion.run(progress=False)
+    written = {path.name: path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors")}
+    assert written.keys() == dict(plan.files).keys() and plan.nbytes <= sum(written.values()) < plan.nbytes * 1.1
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("nowhere", "is not a folder"),
+        ("empty", "holds neither latest_checkpointed_iteration.txt nor a checkpoint"),
+        ("lost", "names iter_0000020, which is not there"),
+        ("odd", "neither an iteration nor 'release'"),
+    ],
+)
+def test_sources_that_are_none(tmp_path, source, complaint):
+    for name, said in {"empty": None, "lost": "20", "odd": "../../etc"}.items():
+        (tmp_path / name).mkdir()
+        if said:
+            (tmp_path / name / "latest_checkpointed_iteration.txt").write_text(said)
+    with pytest.raises(ValueError, match=complaint):
+        to_hf(tmp_path / source, tmp_path / "out")
+
+
+def run_until_killed(source, target, arguments, stop_at):
+    """Convert in a process that kills itself at its `stop_at`-th write, fsync or rename; True if it lived to the end."""
+    code = """
+import os, signal, sys
+from conversion import checkpoint
+count, stop_at = 0, int(sys.argv[3])
+def counted(call):
+    def wrapped(*args, **kwargs):
+        global count
+        count += 1
+        if count == stop_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kwargs)
+    return wrapped
+os.fsync = counted(os.fsync)
+checkpoint.HashedFile.write = counted(checkpoint.HashedFile.write)
+checkpoint.Path.rename = counted(checkpoint.Path.rename)
+checkpoint.Path.unlink = counted(checkpoint.Path.unlink)
+checkpoint.Path.write_text = counted(checkpoint.Path.write_text)
+import json
+from conversion import convert_to_hf, convert_to_megatron
+options = json.loads(sys.argv[4])
+convert = convert_to_megatron if "format" in options else convert_to_hf
+convert(sys.argv[1], sys.argv[2], progress=False, workers=2, shard_bytes=150_000, **options)
+print(count)
+"""
+    command = [sys.executable, "-c", code, str(source), str(target), str(stop_at), json.dumps(arguments)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode in (0, -9), run.stderr
+    return int(run.stdout) if run.returncode == 0 else None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kills"),
+    [({}, 2), ({"format": "torch_dist"}, 1), ({"format": "legacy", "pp": 2, "tp": 2}, 1)],
+    ids=str,
+)
+def test_killed_anywhere_it_goes_on_and_ends_in_the_same_bytes(tmp_path, arguments, kills):
+    """In processes of their own, as a scheduler kills; the thirty random points are below."""
+    steps = run_until_killed(SOURCE, tmp_path / "truth", arguments, 0)
+    truth = contents(tmp_path / "truth")
+    rng = random.Random(0)
+    # The last step but one is the rename that makes the folder the result.
+    for point in [rng.randrange(1, steps - 3), steps - 1][:kills]:
+        target = tmp_path / f"out{point}"
+        assert run_until_killed(SOURCE, target, arguments, point) is None
+        assert run_until_killed(SOURCE, target, arguments, 0) is not None
+        assert contents(target) == truth
+        shutil.rmtree(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["truth"]
+
+
+class Killed(BaseException):
+    """Nothing catches it but the end of the process, which here is the test."""
+
+
+@pytest.mark.parametrize("arguments", [{}, {"format": "torch_dist"}, {"format": "legacy", "pp": 2, "tp": 2}], ids=str)
+def test_thirty_random_points(tmp_path, monkeypatch, arguments):
+    """The same at thirty points each, within the process: what a kill leaves on the disk is what is there at that moment."""
+    convert = convert_to_megatron if arguments else convert_to_hf
+    options = {"progress": False, "workers": 1, "shard_bytes": 150_000, **arguments}
+    convert(SOURCE, tmp_path / "truth", **options)
+    truth = contents(tmp_path / "truth")
+    counter, rng = itertools.count(), random.Random(1)
+
+    def stepping(call, at):
+        def step(*args, **kwargs):
+            if next(counter) >= at:
+                raise Killed
+            return call(*args, **kwargs)
+
+        return step
+
+    def patched(patch, at):
+        nonlocal counter
+        counter = itertools.count()
+        for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "write_text"), (HashedFile, "write")):
+            patch.setattr(owner, name, stepping(getattr(owner, name), at))
+
+    with monkeypatch.context() as patch:
+        patched(patch, 10**9)
+        convert(SOURCE, tmp_path / "count", **options)
+    steps = next(counter)
+    for number, point in enumerate(rng.choices(range(steps), k=30)):
+        target = tmp_path / f"out{number}"
+        with monkeypatch.context() as patch:
+            patched(patch, point)
+            with pytest.raises(Killed):
+                convert(SOURCE, target, **options)
+        convert(SOURCE, target, **options)
+        assert contents(target) == truth, point
+        shutil.rmtree(target)
+
+
+def test_another_job_is_not_continued(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError):
+            convert_to_hf(SOURCE, tmp_path / "hf", progress=False)
+    with pytest.raises(ValueError, match="left by another job"):
+        convert_to_megatron(SOURCE, tmp_path / "hf", progress=False)
+    convert_to_hf(SOURCE, tmp_path / "hf", progress=False)
+    with pytest.raises(ValueError, match="exists already"):
+        convert_to_hf(SOURCE, tmp_path / "hf", progress=False)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"format": "torch_dist"}, {"format": "legacy"}], ids=str)
+def test_a_full_disk_is_an_error_and_then_it_goes_on(tmp_path, arguments):
+    """A process may write no file beyond 100 KB: as the disk would say it, in the middle of one."""
+    source = contents(SOURCE)
+    code = """
+import json, resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from conversion import convert_to_hf, convert_to_megatron
+options = json.loads(sys.argv[3])
+(convert_to_megatron if options else convert_to_hf)(sys.argv[1], sys.argv[2], progress=False, **options)
+"""
+    command = [sys.executable, "-c", code, str(SOURCE), str(tmp_path / "out"), json.dumps(arguments)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "OSError" in run.stderr and "run the same again" in run.stderr
+    assert contents(SOURCE) == source and not (tmp_path / "out").exists()
+    (convert_to_megatron if arguments else convert_to_hf)(SOURCE, tmp_path / "out", progress=False, **arguments)
+    assert verify(SOURCE, tmp_path / "out", progress=False) == []
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    """0.3 GB in sparse files each way, in a process that may add 100 MB to what it holds after its imports."""
+    config = AxK1Config.preset(
+        "nano", vocab_size=8192, hidden_size=512, moe_intermediate_size=256, n_routed_experts=64, num_hidden_layers=4
+    )
+    code = """
+import resource, sys, threading
+from pathlib import Path
+import torch
+from conversion import convert_to_hf, convert_to_megatron
+from modeling_axk1 import AxK1Config
+from conversion.checkpoint import Shard, TensorSpec, shard_header
+from conversion.weight_map import rows_of
+from torch.serialization import skip_data
+folder, kind = Path(sys.argv[1]), sys.argv[2]
+config = AxK1Config.from_pretrained(folder / "config")
+specs = tuple(TensorSpec(n, torch.float32, (r.shape[0] // len(r.hf), *r.shape[1:])) for r in rows_of(config) for n in r.hf)
+(folder / "hf").mkdir()
+config.save_pretrained(folder / "hf")
+shard = Shard("model.safetensors", specs)
+with (folder / "hf" / shard.filename).open("wb") as file:
+    header = shard_header(shard)
+    file.write(header)
+    file.truncate(len(header) + shard.nbytes)
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+convert_to_megatron(sys.argv[3], folder / "warm", format=kind, progress=False)
+start, peak, done = anonymous(), [0], threading.Event()
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], anonymous() - start)
+watcher = threading.Thread(target=watch)
+watcher.start()
+convert_to_megatron(folder / "hf", folder / "megatron", format=kind, progress=False, workers=1)
+convert_to_hf(folder / "megatron", folder / "back", progress=False, workers=1)
+done.set()
+watcher.join()
+print(shard.nbytes, peak[0])
+"""
+    config.save_pretrained(tmp_path / "config")
+    for kind in ("torch_dist", "legacy"):
+        target = tmp_path / kind
+        target.mkdir()
+        shutil.copytree(tmp_path / "config", target / "config")
+        command = [sys.executable, "-c", code, str(target), kind, str(SOURCE)]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        size, peak = map(int, run.stdout.split())
+        assert size > 250e6
+        # Twice the largest chunk (the embedding, 16.8 MB) and the plan of 800 tensors.
+        assert peak < 40e6, (kind, peak)
+        shutil.rmtree(target)

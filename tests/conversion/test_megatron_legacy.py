@@ -1,0 +1,247 @@
+"""Are rank files read as Megatron means them, and written as Megatron writes them?"""
+
+import shutil
+
+import pytest
+import torch
+
+from conversion import convert_to_hf, convert_to_megatron, verify
+from conversion.megatron import find_iteration
+from conversion.megatron_legacy import Layout, check_layout, open_legacy, stage_layers
+from conversion.weight_map import POST_NORM_NAMES
+from modeling_axk1 import AxK1Config
+from tests.conversion.megatron_files import FIXTURES, load_rank_file, models_in
+
+# The layout, and the arguments that write it.
+WRITTEN = {
+    "tp1_pp1_ep1": {},
+    "tp2_pp2_ep2_etp1": {"tp": 2, "pp": 2, "ep": 2, "etp": 1},
+    "tp1_pp2_vpp2": {"pp": 2, "vpp": 2},
+    "te_tp2_ep2_etp1": {"tp": 2, "ep": 2, "etp": 1, "transformer_engine": True},
+    "mtp_pp2": {"pp": 2},
+}
+
+
+@pytest.mark.parametrize("layout", WRITTEN)
+def test_our_rank_files_equal_megatrons_tensor_for_tensor(tmp_path, layout):
+    """From the torch_dist or legacy sibling over Hugging Face to rank files: Megatron wrote both ends."""
+    source = FIXTURES / layout / ("torch_dist" if (FIXTURES / layout / "torch_dist").exists() else "legacy")
+    convert_to_hf(source, tmp_path / "hf", progress=False)
+    convert_to_megatron(
+        tmp_path / "hf",
+        tmp_path / "out",
+        format="legacy",
+        vocab_divisor=16,
+        iteration=10,
+        progress=False,
+        **WRITTEN[layout],
+    )
+    written = models_in(find_iteration(tmp_path / "out"))
+    truth = models_in(find_iteration(FIXTURES / layout / "legacy"))
+    assert written.keys() == truth.keys()
+    for place, tensor in truth.items():
+        if tensor is None:
+            assert written[place] is None, place
+            continue
+        out = written[place]
+        assert out.dtype == tensor.dtype and out.shape == tensor.shape, place
+        if place[2] in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            # Megatron leaves random numbers in the rows that only pad the vocabulary to a multiple of 16 * TP.
+            rank, rows = int(place[0].split("_")[2]), len(tensor)
+            out, tensor = (each[: max(0, 131 - rank * rows)] for each in (out, tensor))
+        assert torch.equal(out, tensor), place
+
+
+def test_the_arguments_that_megatron_compares_at_loading(tmp_path):
+    source = FIXTURES / "tp2_pp2_ep2_etp1" / "legacy"
+    convert_to_megatron(source, tmp_path / "out", format="legacy", tp=2, pp=2, ep=2, etp=1, progress=False)
+    name = "mp_rank_01_001_001/model_optim_rng.pt"
+    ours = load_rank_file(tmp_path / "out" / "release" / name)
+    theirs = load_rank_file(find_iteration(source) / name)
+    assert ours["checkpoint_version"] == theirs["checkpoint_version"] == 3.0
+    described = vars(theirs["args"])
+    # What is of a run and not of a model.
+    own = {
+        "iteration",
+        "save",
+        "rank",
+        "attention_backend",
+        "model_type",
+        "tokenizer_type",
+        "moe_use_legacy_grouped_gemm",
+    }
+    same = {key for key in described if getattr(ours["args"], key, None) == described[key]}
+    assert described.keys() - same <= own
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A rank-file checkpoint that a test may damage."""
+    shutil.copytree(FIXTURES / "tp2_pp2_ep2_etp1" / "legacy", tmp_path / "legacy")
+    return tmp_path / "legacy" / "iter_0000010"
+
+
+def open_it(folder, drop=False):
+    return open_legacy(find_iteration(folder), POST_NORM_NAMES, drop)
+
+
+def edit(path, change):
+    file = load_rank_file(path)
+    change(file)
+    # The stub of an enum cannot be pickled, and nothing reads it.
+    for name in ("attention_backend", "model_type"):
+        delattr(file["args"], name)
+    torch.save(file, path)
+
+
+def test_missing_rank_files_are_named(copied):
+    with pytest.raises(ValueError, match="lacks the rank files mp_rank_01 of TP=2 PP=1 EP=1 ETP=1"):
+        open_it(FIXTURES / "incomplete_tp2_ep1_etp1" / "legacy")
+    shutil.rmtree(copied / "mp_rank_01_001_001")
+    with pytest.raises(ValueError, match="lacks the rank files mp_rank_01_001_001 of TP=2 PP=2 EP=2 ETP=1"):
+        open_it(copied)
+    (copied / "mp_rank_00_000_000" / "model_optim_rng.pt").unlink()
+    with pytest.raises(ValueError, match="mp_rank_00_000_000 holds no model_optim_rng.pt"):
+        open_it(copied)
+
+
+def test_the_second_number_is_a_stage_or_an_expert_rank_as_the_arguments_say(tmp_path):
+    for name, layout in {"pp": {"pp": 2}, "ep": {"ep": 2}}.items():
+        convert_to_megatron(
+            FIXTURES / "tp1_pp1_ep1" / "legacy", tmp_path / name, format="legacy", progress=False, **layout
+        )
+        folders = sorted(path.name for path in (tmp_path / name / "release").iterdir())
+        assert folders == ["mp_rank_00_000", "mp_rank_00_001"]
+    # A name of one number in a checkpoint of two stages.
+    (tmp_path / "pp" / "release" / "mp_rank_00_001").rename(tmp_path / "pp" / "release" / "mp_rank_00")
+    with pytest.raises(ValueError, match="mp_rank_00 does not fit PP=2, EP=1"):
+        open_it(tmp_path / "pp")
+
+
+def test_copies_of_a_tensor_are_compared(copied, tmp_path):
+    """TP2 EP4: each attention shard is in two files. One bit apart, nobody knows which is right."""
+    source = FIXTURES / "tp1_pp1_ep1" / "legacy"
+    convert_to_megatron(source, tmp_path / "out", format="legacy", tp=2, ep=4, etp=1, progress=False)
+    opened = open_it(tmp_path / "out")
+    assert len(opened.replicas) > 50
+    path = tmp_path / "out" / "release" / "mp_rank_01_003" / "model_optim_rng.pt"
+    file = load_rank_file(path)
+    file["model"]["decoder.layers.2.self_attention.linear_proj.weight"][3, 3] += 1e-6
+    torch.save(file, path)
+    with pytest.raises(ValueError, match="hold different copies of decoder.layers.2.self_attention.linear_proj.weight"):
+        convert_to_hf(tmp_path / "out", tmp_path / "hf", progress=False)
+    assert not (tmp_path / "hf").exists() and not list(tmp_path.glob("hf.partial*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda file: file["model"].pop("decoder.layers.1.mlp.router.weight"), "one of them is wrong"),
+        (
+            lambda file: file["model"].pop("decoder.layers.1.self_attention.linear_proj.weight"),
+            "parts of shapes",
+        ),
+        (
+            lambda file: file["model"].update({"decoder.layers.1.surprise.weight": torch.zeros(3)}),
+            r"left over \[decoder.layers.3.surprise.weight",
+        ),
+        (
+            lambda file: file["model"].update({"decoder.layers.0.input_layernorm.weight": torch.zeros(65)}),
+            "decoder.layers.2.input_layernorm.weight",
+        ),
+        (
+            lambda file: file["model"].update({"decoder.layers.5.input_layernorm.weight": torch.zeros(64)}),
+            "it is damaged",
+        ),
+        (lambda file: file.pop("model"), "holds no 'model'"),
+        (lambda file: file.pop("args") and file.update({"args": 5}), "holds no Megatron arguments"),
+    ],
+)
+def test_damage_is_named(copied, tmp_path, change, complaint):
+    paths = [copied / f"mp_rank_{rank}_001_{rank:03}" / "model_optim_rng.pt" for rank in ("00", "01")]
+    paths = [copied / "mp_rank_00_001_000" / "model_optim_rng.pt"]
+    if complaint.startswith("one of") or "left over" in complaint:
+        paths.append(copied / "mp_rank_01_001_001" / "model_optim_rng.pt")
+    if complaint.startswith("holds no Megatron"):
+        paths = [copied / "mp_rank_00_000_000" / "model_optim_rng.pt"]
+    for path in paths:
+        file = load_rank_file(path)
+        change(file)
+        torch.save({key: value for key, value in file.items() if key != "args"} | _args(file), path)
+    with pytest.raises(ValueError, match=complaint):
+        convert_to_hf(copied, tmp_path / "hf", progress=False)
+
+
+def _args(file):
+    """The arguments without the stubs, which pickle cannot find again."""
+    args = file.get("args")
+    for name in ("attention_backend", "model_type"):
+        if hasattr(args, name):
+            delattr(args, name)
+    return {"args": args} if args is not None else {}
+
+
+def test_fused_down_projections(tmp_path):
+    """megatron-core 0.19's mla_down_proj_fusion: each rank's rows of both, one above the other, and the norm before them."""
+    source = FIXTURES / "tp2_pp2_ep2_etp1" / "legacy"
+    convert_to_megatron(source, tmp_path / "out", format="legacy", tp=2, progress=False)
+    for path in (tmp_path / "out").rglob("*.pt"):
+        file = load_rank_file(path)
+        for layer in range(4):
+            prefix = f"decoder.layers.{layer}."
+            attention = f"{prefix}self_attention.linear_"
+            downs = [file["model"].pop(f"{attention}{kind}_down_proj.weight") for kind in ("q", "kv")]
+            file["model"][f"{attention}qkv_down_proj.weight"] = torch.cat(downs)
+            norm = file["model"].pop(f"{prefix}input_layernorm.weight")
+            file["model"][f"{attention}qkv_down_proj.layer_norm_weight"] = norm
+        torch.save(file, path)
+    assert verify(source, tmp_path / "out", progress=False) == []
+
+
+def test_fp8_state_wants_consent(copied, tmp_path):
+    path = copied / "mp_rank_00_000_000" / "model_optim_rng.pt"
+    name = "decoder.layers.0.self_attention.linear_proj._extra_state"
+    edit(path, lambda file: file["model"].update({name: torch.ones(40, dtype=torch.uint8)}))
+    with pytest.raises(ValueError, match=f"{name} holds 40 bytes of FP8 scaling state.*--drop-fp8-state"):
+        open_it(copied)
+    assert "decoder.layers.0.self_attention.linear_proj.weight" in open_it(copied, drop=True).parts
+
+
+def test_optimizer_state_is_skipped_unread(copied, tmp_path):
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(100)}}, "param_groups": [{"lr": 1e-4}]}
+    for path in copied.glob("*/model_optim_rng.pt"):
+        edit(path, lambda file: file.update({"optimizer": optimizer, "rng_state": [torch.zeros(8, dtype=torch.uint8)]}))
+    (copied / "mp_rank_00_000_000" / "distrib_optim.pt").write_bytes(b"never opened")
+    assert open_it(copied).facts["skipped"] == ["optimizer", "rng_state", "distrib_optim.pt"]
+    convert_to_hf(copied, tmp_path / "hf", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("layers", "layout", "first", "last", "chunks"),
+    [
+        (4, Layout(pp=2), None, None, [[range(0, 2)], [range(2, 4)]]),
+        (4, Layout(pp=2, vpp=2), None, None, [[range(0, 1), range(2, 3)], [range(1, 2), range(3, 4)]]),
+        (5, Layout(pp=3), 1, None, [[range(0, 1)], [range(1, 3)], [range(3, 5)]]),
+        (61, Layout(pp=16), 4, 1, None),
+    ],
+)
+def test_layers_of_the_stages(layers, layout, first, last, chunks):
+    made = stage_layers(layers, layout, first, last)
+    assert chunks is None or made == chunks
+    assert sorted(layer for stage in made for chunk in stage for layer in chunk) == list(range(layers))
+
+
+@pytest.mark.parametrize(
+    ("layout", "complaint"),
+    [
+        (Layout(tp=1, etp=2), "two would collide"),
+        (Layout(tp=3), "do not divide 4 heads"),
+        (Layout(ep=3), "do not divide"),
+        (Layout(vpp=2), "use --pp"),
+    ],
+)
+def test_layouts_that_cannot_be(layout, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        check_layout(layout, AxK1Config.preset("nano"))
+    with pytest.raises(ValueError, match="5 layers do not split over PP=2"):
+        stage_layers(5, Layout(pp=2), None, None)

@@ -1,0 +1,191 @@
+"""Is a file of torch.save read as torch reads it, and does a hostile one do nothing but be refused by name?"""
+
+import argparse
+import collections
+import io
+import os
+import pathlib
+import pickle
+import signal
+import sys
+import types
+import zipfile
+
+import pytest
+import torch
+
+from conversion.ops import Mosaic, read
+from conversion.torch_file import Inert, open_torch_file, plain, unpickle
+
+
+def saved(tmp_path, value, **options):
+    torch.save(value, tmp_path / "x.pt", **options)
+    return tmp_path / "x.pt"
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn, torch.uint16]
+)
+def test_tensors_are_what_torch_loads(tmp_path, dtype):
+    base = torch.randn(6, 8).to(dtype)
+    content = {"whole": base, "row": base[2], "column": base[:, 3:5], "turned": base.t(), "scalar": base[0, 0]}
+    content["parameter"] = torch.nn.Parameter(torch.randn(3))
+    # As optimizers keep their copies: a tensor with an attribute of its own.
+    content["marked"] = torch.nn.Parameter(torch.randn(2, 2))
+    content["marked"].shared = True
+    path = saved(tmp_path, content)
+    for name, truth in torch.load(path).items():
+        mosaic = open_torch_file(path)[name]
+        assert isinstance(mosaic, Mosaic) and (mosaic.dtype, mosaic.shape) == (truth.dtype, truth.shape)
+        # Fancy comparisons are not there for every dtype.
+        assert read(mosaic).tolist() == truth.tolist()
+
+
+class Loud:
+    def __reduce__(self):
+        return (os.system, ("touch hostile-was-here",))
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (Loud(), r"(posix|nt)\.system"),
+        ({"model": {}, "args": Loud()}, r"(posix|nt)\.system"),
+        (eval, r"builtins\.eval"),
+        (pickle.loads, r"_?pickle\.loads"),
+        (sys.exit, r"sys\.exit"),
+        (io.open, r"io\.open|_io\.open"),
+        (torch.load, r"torch\.serialization\.load"),
+        (bytearray, r"builtins\.bytearray"),
+    ],
+    ids=str,
+)
+def test_what_would_run_is_refused_by_name_and_does_not_run(tmp_path, monkeypatch, value, named):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"asks for ({named}), which is not allowed"):
+        open_torch_file(saved(tmp_path, value))
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(value))
+    with pytest.raises(ValueError, match=named), (tmp_path / "plain.pkl").open("rb") as file:
+        unpickle(file, tmp_path / "plain.pkl")
+    assert not (tmp_path / "hostile-was-here").exists()
+
+
+def test_an_attribute_of_something_allowed_stays_inert(tmp_path, monkeypatch):
+    """`getattr` is how Python 3.11 pickles enums, and how a hostile file would climb from a harmless name to os.system."""
+    monkeypatch.chdir(tmp_path)
+    # collections.OrderedDict.__init__.__globals__, then a call of what was found
+    inner = b"cbuiltins\ngetattr\n(ccollections\nOrderedDict\nX\x08\x00\x00\x00__init__tR"
+    climb = b"cbuiltins\ngetattr\n(" + inner + b"X\x0b\x00\x00\x00__globals__tR."
+    found = unpickle(io.BytesIO(climb), tmp_path)
+    assert isinstance(found, Inert) and plain(found) == "__globals__"
+    with pytest.raises(ValueError, match="damaged pickle"):
+        unpickle(io.BytesIO(climb[:-1] + b"(X\x02\x00\x00\x00lstR."), tmp_path)
+
+
+def test_megatrons_classes_are_stand_ins_and_never_imported(tmp_path, monkeypatch):
+    module = types.ModuleType("megatron.core.transformer.enums")
+
+    class AttnBackend:
+        def __reduce__(self):
+            return (AttnBackend, (5,))
+
+        def __init__(self, value=5):
+            raise AssertionError("constructed")
+
+    AttnBackend.__module__, AttnBackend.__qualname__ = module.__name__, "AttnBackend"
+    module.AttnBackend = AttnBackend
+    args = argparse.Namespace(
+        attention_backend=object.__new__(AttnBackend),
+        exit_signal=signal.SIGTERM,
+        dtype=torch.bfloat16,
+        where=pathlib.PurePosixPath("a/b"),
+        nested=argparse.Namespace(size=torch.Size([2, 3])),
+        counts=collections.defaultdict(list, {"a": [1]}),
+    )
+    with monkeypatch.context() as patch:
+        for name in ("megatron", "megatron.core", "megatron.core.transformer"):
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        patch.setitem(sys.modules, module.__name__, module)
+        path = saved(tmp_path, {"args": args})
+    read_back = plain(open_torch_file(path)["args"])
+    assert "megatron" not in sys.modules
+    assert read_back["attention_backend"] == 5 and read_back["exit_signal"] in (15, "SIGTERM")
+    assert (
+        read_back["dtype"] is torch.bfloat16
+        and read_back["nested"] == {"size": (2, 3)}
+        and read_back["counts"] == {"a": [1]}
+    )
+
+
+def rewritten(path, change):
+    """The same archive with its records passed through `change(name, data) -> data or None`."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(entry, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, data in records:
+            data = change(entry.filename, data)
+            if data is not None:
+                archive.writestr(entry.filename, data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            lambda name, data: data[:-4] if "/data/0" in name else data,
+            "should hold 12 numbers of torch.float32 but has 44 bytes",
+        ),
+        (
+            lambda name, data: None if "/data/0" in name else data,
+            "should hold 12 numbers of torch.float32 but has -1 bytes",
+        ),
+        (lambda name, data: b"big" if "byteorder" in name else data, "big-endian"),
+        (lambda name, data: None if "data.pkl" in name else data, "not a whole file of torch.save"),
+        (lambda name, data: data[:-9] if "data.pkl" in name else data, "damaged pickle"),
+    ],
+)
+def test_damage_is_named(tmp_path, change, complaint):
+    path = rewritten(saved(tmp_path, {"w": torch.zeros(3, 4)}), change)
+    with pytest.raises(ValueError, match=complaint) as error:
+        open_torch_file(path)
+    assert str(path) in str(error.value)
+
+
+def test_truncated_compressed_and_old_files(tmp_path):
+    path = saved(tmp_path, {"w": torch.zeros(300)})
+    (tmp_path / "short.pt").write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="not a whole file of torch.save"):
+        open_torch_file(tmp_path / "short.pt")
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+    with pytest.raises(ValueError, match="is compressed"):
+        open_torch_file(tmp_path / "packed.pt")
+    with pytest.raises(ValueError, match="not a whole file of torch.save"):
+        open_torch_file(saved(tmp_path, {"w": 1}, _use_new_zipfile_serialization=False))
+
+
+def test_a_tensor_may_not_reach_past_its_storage(tmp_path):
+    path = saved(tmp_path, {"w": torch.zeros(3, 4)})
+
+    def enlarge(name, data):
+        # (3, 4) is pickled as K\x03 K\x04; (3, 5) would read foreign bytes.
+        return data.replace(b"K\x03K\x04\x86", b"K\x03K\x05\x86") if "data.pkl" in name else data
+
+    with pytest.raises(ValueError, match="reaches past its storage"):
+        open_torch_file(rewritten(path, enlarge))
+
+
+def test_a_window_of_a_file(tmp_path):
+    """A chunk of a distributed checkpoint: an archive between others."""
+    buffer = io.BytesIO()
+    torch.save(torch.arange(5), buffer)
+    inner = buffer.getvalue()
+    (tmp_path / "x.distcp").write_bytes(b"x" * 100 + inner + b"y" * 77)
+    mosaic = open_torch_file(tmp_path / "x.distcp", 100, len(inner))
+    assert read(mosaic).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="is truncated"):
+        open_torch_file(tmp_path / "x.distcp", 100, len(inner) + 78)
