@@ -33,7 +33,7 @@ from trainers.evaluation import evaluate_mode
 from trainers.mode_overlap import make_row
 
 MODES = {"thinking": True, "non-thinking": False}
-MEASURES = ("accuracy", "format_error")
+MEASURES = ("accuracy", "format_error", "truncation")
 DRAWS = 2000
 
 
@@ -150,7 +150,7 @@ def shown(by_seed: Sequence[Sequence[float]]) -> str:
 
 
 def result_row(name: str, cells: Sequence[dict], family: str | None = None) -> dict[str, str]:
-    """A cell's line in a table: accuracy and format error of both modes."""
+    """A cell's line in a table: what was measured of both modes."""
     row = {"cell": name}
     for mode in MODES:
         for what in MEASURES:

@@ -63,7 +63,8 @@ def run_seed(seed: Seed, steps: int) -> dict[str, dict]:
     }
     cells = {"base": seed.measure("base.measured", seed.out / "base")}
     return cells | {
-        name: seed.cell(f"data-{name.replace(',', '').replace(' ', '-')}", make) for name, make in arrangements.items()
+        name: seed.cell(f"data-{steps}-{name.replace(',', '').replace(' ', '-')}", make)
+        for name, make in arrangements.items()
     }
 
 

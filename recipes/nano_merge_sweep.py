@@ -66,7 +66,7 @@ def run_seed(seed: Seed, alphas: list[float], ratios: list[tuple[int, int]], mod
                 return trained
 
             cells[f"{ratio}|{alpha:g}|plain"] = seed.cell(name, plain)
-            cells[f"{ratio}|{alpha:g}|MOD"] = seed.cell(f"{name}-mod", with_mod)
+            cells[f"{ratio}|{alpha:g}|MOD"] = seed.cell(f"{name}-mod-{mod_steps}", with_mod)
     return cells
 
 

@@ -50,7 +50,7 @@ def run_seed(seed: Seed, steps: int) -> dict[str, dict]:
     sets |= {f"{size} pairs": pairs(full[:size]) for size in SIZES if size < len(full)}
     cells = {"merged": seed.measure(f"{merged}.measured", seed.out / merged)}
     for name, rows in sets.items():
-        folder = f"mod-{name.replace('%', '').replace(' ', '-')}"
+        folder = f"mod-{steps}-{name.replace('%', '').replace(' ', '-')}"
         cells[name] = seed.cell(folder, lambda stage, rows=rows: seed.train(stage, merged, rows, steps))
     return cells
 

@@ -37,7 +37,7 @@ def test_data_table(out, capsys):
     assert len(tables["What was expected"]) == 6 and "sequential" in page
     # The weights of a measured cell are gone, the figures are there.
     names = {path.name for path in (out / "seed-3").iterdir()}
-    assert "data-paired.measured" in names and not {"data-paired", "data-sequential.first"} & names
+    assert "data-2-paired.measured" in names and not {"data-2-paired", "data-2-sequential.first"} & names
     capsys.readouterr()
     again = nano_data_table.main(["--out", str(out), *SCALE, "4"])
     assert again == cells and "finished earlier" in capsys.readouterr().out
