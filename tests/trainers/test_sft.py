@@ -74,14 +74,21 @@ def test_the_cpu_config_trains_resumes_and_shows(files, tmp_path, capsys):
     assert again.keys() == truth.keys() and all(torch.equal(again[name], truth[name]) for name in truth)
 
 
-def test_lora_saves_an_adapter_and_leaves_the_model(files, tmp_path):
-    trainer = sft.run_sft(settings(files, tmp_path / "lora", "--use_peft", "true", "--lora_r", "4"))
+def test_lora_saves_an_adapter_leaves_the_model_and_resumes(files, tmp_path):
+    experts = ["--lora_target_parameters", "mlp.experts.gate_up_proj", "--lora_dropout", "0"]
+    given = settings(files, tmp_path / "lora", "--use_peft", "true", "--lora_r", "4", *experts)
+    trainer = sft.run_sft(given)
     assert (tmp_path / "lora/adapter_config.json").exists() and not (tmp_path / "lora/model.safetensors").exists()
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     adapter = load_file(tmp_path / "lora/adapter_model.safetensors")
     assert any(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
+    assert any("experts" in name for name in adapter) and any("kv_b_proj" in name for name in adapter)
     assert any("probe_format_error_thinking" in log for log in trainer.state.log_history)
+    (tmp_path / "lora/checkpoint-4/trainer_state.json").unlink()
+    sft.run_sft(given)
+    again = load_file(tmp_path / "lora/adapter_model.safetensors")
+    assert again.keys() == adapter.keys() and all(torch.equal(again[name], adapter[name]) for name in adapter)
 
 
 @pytest.mark.parametrize("name", ["sft_1gpu", "sft_8gpu"])
