@@ -40,8 +40,9 @@ PAPER_SUITE: dict[str, str | None] = {
     "KMO25": None,
     "LiveCodeBench v6": None,
     "LiveCodeBench-ko": None,
-    # The harness's tasks for these two run what the model wrote on your machine: name them yourself if you mean it.
+    # The harness's tasks for HumanEval+ and MBPP+ run what the model wrote on your machine, which this suite never does.
     "HumanEval+": None,
+    "HumanEval+ ko": None,
     "MBPP+": None,
     "SciCode": None,
     "Tau2-Telecom": None,
