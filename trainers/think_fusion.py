@@ -219,6 +219,13 @@ class ThinkFusionTrainer(SFTTrainer):
 
         return EpochSampler(order, lambda: int(self.state.epoch or 0))
 
+    def _run_epoch(self, *args, **kwargs):
+        # Resumed where it had ended inside an epoch, transformers 5.23 would train one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # -- what is seen of each mode -----------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The parent keeps the per-token losses to itself: a hook is the way to them without a second forward pass or a

@@ -289,6 +289,18 @@ def test_resume_is_bit_identical(build, settings, tokenizer, tmp_path):
     assert {key: logs[0].get(key) for key in last} == {key: logs[1].get(key) for key in last}
 
 
+def test_a_finished_training_trains_no_further(tokenizer, tmp_path):
+    # Eight steps end inside the second epoch of six.
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 8}
+    finished = trainer_of(llama(), tokenizer, tmp_path, many_rows(), **settings)
+    finished.train()
+    again = trainer_of(llama(), tokenizer, tmp_path, many_rows(), **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    truth = finished.model.state_dict()
+    assert again.state.global_step == 8
+    assert all(torch.equal(tensor, truth[name]) for name, tensor in again.model.state_dict().items())
+
+
 def test_overlong_prompts_leave_in_both_modes_and_are_counted(tokenizer, tmp_path):
     with pytest.warns(UserWarning, match=r"4 of 24 train rows are longer than max_length=45 .*4 prompts.*16 rows stay"):
         trainer = trainer_of(llama(), tokenizer, tmp_path, many_rows(), max_length=45)
