@@ -5,12 +5,14 @@ import os
 import sys
 from pathlib import Path
 
-DESCRIPTION = "A.X K1 for Transformers: talk to it, serve it, merge its two reasoning modes, convert its weights."
+DESCRIPTION = "A.X K1 for Transformers: talk to it, serve it, train, merge and judge its two modes, convert its weights."
 EXAMPLES = {
     None: """examples:
   axk1 chat runs/nano/fused --think
   axk1 serve runs/nano/fused --port 8000
   axk1 merge THINKING NONTHINKING MERGED --alpha 0.8
+  axk1 sft --config recipes/configs/sft_cpu.yaml
+  axk1 eval runs/nano/fused --tasks gsm8k_test.jsonl --modes think,no-think
   axk1 convert to-hf CHECKPOINT MODEL
   axk1 info k1
 
@@ -32,6 +34,27 @@ The thought comes back as `reasoning_content`, the answer as `content`.""",
 
 Each is a folder of safetensors, of any architecture. Memory does not grow with the model. Killed, or out of disk
 space: run the same command again, it goes on where it was.""",
+    "sft": """examples:
+  axk1 sft --config recipes/configs/sft_cpu.yaml
+  axk1 sft --config recipes/configs/sft_cpu.yaml --max_steps 50 --resume_from_checkpoint latest
+  axk1 sft --model_name_or_path MODEL --dataset gsm8k_train.jsonl --pairing paired --output_dir OUT
+  axk1 sft --config FILE.yaml --use_peft true --lora_dropout 0 \\
+    --lora_target_parameters mlp.experts.gate_up_proj mlp.experts.down_proj    LoRA on the routed experts too
+  accelerate launch --config_file ACCELERATE.yaml -m axk1 sft --config recipes/configs/sft_8gpu.yaml
+
+Think-Fusion SFT on a Mode-Overlap Dataset: the same prompts with a thinking and with a direct answer. Settings are those
+of ThinkFusionConfig (TRL's SFTConfig and more), of TRL's ModelConfig (LoRA, dtype) and
+  --dataset       .jsonl or .parquet file, folder or Hub name: Mode-Overlap rows, or question and answer as in GSM8K
+  --test_dataset  prompts that must not occur in training; a few of them are answered in both modes while it runs
+A flag overrides the YAML file's value. `axk1 sft --all-settings` lists them all. --push_to_hub pushes at the end.""",
+    "eval": """examples:
+  axk1 eval MODEL --tasks gsm8k_test.jsonl --modes think,no-think --out runs/eval
+  axk1 eval MODEL --tasks reasoning-gym:color_cube_rotation --limit 200 --max-new-tokens 512
+  axk1 eval MODEL --tasks lm-eval:ifeval lm-eval:aime25
+  axk1 eval MODEL --tasks paper              the report's benchmarks, as far as lm-evaluation-harness has them
+
+A task is FILE.jsonl (question and answer a line), reasoning-gym:FAMILY, lm-eval:TASK or paper. An answer that is cut by
+the length limit or breaks its mode's format is wrong. Killed? Run the same command again: finished tasks are kept.""",
     "convert": """examples:
   axk1 convert inspect CHECKPOINT                      format, layout, parameters, what is missing
   axk1 convert to-hf CHECKPOINT MODEL --tokenizer DIR  Megatron (rank files or torch_dist) to safetensors
@@ -50,7 +73,14 @@ same command again, it goes on where it was.""",
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
-    options = vars(build_parser().parse_args(argv))
+    parser = build_parser()
+    known, settings = parser.parse_known_args(argv)
+    options = vars(known)
+    # A training command's settings are declared in trainers, which is imported only when one is called.
+    if "settings" in options:
+        options["settings"] = settings
+    elif settings:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
     run, debug = options.pop("run"), options.pop("debug") or bool(os.environ.get("AXK1_DEBUG"))
     try:
         run(**options)
@@ -77,6 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_serve(commands)
     _add_merge(commands)
+    _add_sft(commands)
+    _add_eval(commands)
     _add_convert(commands)
     _add_info(commands)
     return parser
@@ -136,6 +168,32 @@ def _add_merge(commands) -> None:
     weight.add_argument("--alpha", type=float, default=0.8, help="weight of the thinking model (default 0.8)")
     weight.add_argument("--alphas", type=float, nargs="+", metavar="ALPHA", help="one folder OUT/alpha-X for each")
     command.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of an output file (default 5)")
+
+
+def _add_sft(commands) -> None:
+    command = _add_command(commands, "sft", sft, "fine-tune a model in both modes (Think-Fusion)")
+    command.usage = "axk1 sft [--config FILE.yaml] [--SETTING VALUE ...]"
+    # A setting that begins like one of ours must not be taken for it.
+    command.allow_abbrev = False
+    command.add_argument("--all-settings", action="store_true", help="list every setting")
+    command.set_defaults(settings=[])
+
+
+def _add_eval(commands) -> None:
+    command = _add_command(commands, "eval", evaluate, "judge a model in both modes")
+    command.add_argument("model_path", metavar="MODEL", help="folder or Hub name of any causal LM with both control tokens")
+    command.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="what to judge by, see below")
+    command.add_argument("--modes", default="think,no-think", help="default think,no-think")
+    command.add_argument("--out", type=Path, default=Path("runs/eval"), metavar="DIR", help="default runs/eval")
+    command.add_argument("--limit", type=int, metavar="N", help="problems a task (default: all, 100 of reasoning-gym)")
+    command.add_argument("--max-new-tokens", type=int, default=4096, metavar="N", help="thought and answer (default 4096)")
+    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="default 16")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy; the authors use 0.6")
+    command.add_argument("--top-p", type=float, default=0.95, metavar="P", help="default 0.95, with a temperature")
+    command.add_argument("--seed", type=int, default=0, help="of sampling, and of reasoning-gym's problems (default 0)")
+    command.add_argument("--include-path", metavar="DIR", help="folder with more lm-eval task files")
+    command.add_argument("--device-map", default="auto", help="where the weights go: auto, cpu, cuda, ... (default auto)")
+    command.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, ... (default auto)")
 
 
 def _add_convert(commands) -> None:
@@ -248,6 +306,20 @@ def merge(
             continue
         merge_checkpoints(thinking_dir, nonthinking_dir, target, alpha=weight, shard_bytes=int(shard_gb * 1e9))
         print(f"wrote {target}: {weight:g} x {thinking_dir} + {1 - weight:g} x {nonthinking_dir}")
+
+
+def sft(settings: list[str], all_settings: bool) -> None:
+    from trainers.sft import run_sft
+
+    run_sft(["--help"] if all_settings else settings)
+
+
+def evaluate(**options) -> None:
+    from trainers import report
+    from trainers.scorecard import run_eval, shown
+
+    rows = run_eval(**options)
+    print(f"\n{report.text_table([shown(row) for row in rows])}\n\n{options['out'] / 'report.html'}")
 
 
 def _reading(options: dict):

@@ -40,7 +40,7 @@ from modeling_axk1.modeling_axk1 import AxK1TopkRouter
 from recipes.nano_problems import Problem, draw_problems, score
 from trainers import report
 from trainers.evaluation import evaluate_mode
-from trainers.mode_overlap import build_mode_overlap, make_row, validate_mode_overlap
+from trainers.mode_overlap import build_mode_overlap, make_row, save_mode_overlap, validate_mode_overlap
 from trainers.think_fusion import ThinkFusionConfig, ThinkFusionTrainer
 from trainers.tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -176,6 +176,8 @@ def training_arguments(folder: Path, settings: Settings, steps: int, learning_ra
         "logging_steps": max(1, steps // 40),
         "save_strategy": "no",
         "report_to": "none",
+        # The rows are all short; grouped by length, a batch would hold one mode.
+        "train_sampling_strategy": "random",
         "seed": settings.seed,
         "use_cpu": True,
         # TRL's defaults are for large models: they would cut rows, recompute activations and train in bf16.
@@ -226,6 +228,8 @@ def fuse(folder: Path, start: Path, tokenizer, problems: Problems, settings: Set
     )
     found.require_sound()
     print(found, flush=True)
+    # `axk1 sft` reads it too: see recipes/configs/sft_cpu.yaml.
+    save_mode_overlap(rows, folder / "mod.jsonl")
     trained = fine_tune(folder, start, tokenizer, rows, settings, steps=settings.fused_steps)
     return trained | {"thinking_token_share": found.thinking_token_share}
 
@@ -328,12 +332,6 @@ def mode_table(modes: list[dict]) -> list[dict]:
         }
         for row in modes
     ]
-
-
-def as_text(rows: list[dict]) -> str:
-    grid = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(len(line[column]) for line in grid) for column in range(len(grid[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in grid)
 
 
 def show_sample(sample: dict) -> str:
@@ -454,7 +452,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     path = options.out / "report.html"
     write_report(path, settings, results)
     print(f"\nOne problem, both modes, by {show_sample(results['stock'])}")
-    print(f"\n{settings.test_problems} held-out problems\n{as_text(mode_table(results['evaluation']['modes']))}")
+    print(
+        f"\n{settings.test_problems} held-out problems\n{report.text_table(mode_table(results['evaluation']['modes']))}"
+    )
     print(f"\n{sum(result['elapsed_s'] for result in results.values()):.0f} s in all; {path}")
     return results
 

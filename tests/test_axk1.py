@@ -108,6 +108,19 @@ def test_chat_and_serve_are_called_as_they_want(monkeypatch, command, module, fu
     assert options.keys() == {name for name in real.__kwdefaults__}
 
 
+def test_sft_hands_its_settings_on(monkeypatch, capsys):
+    import trainers.sft
+
+    calls = []
+    monkeypatch.setattr(trainers.sft, "run_sft", calls.append)
+    assert axk1.main(["sft", "--config", "a.yaml", "--max_steps", "3"]) == 0
+    assert axk1.main(["sft", "--all-settings"]) == 0
+    assert calls == [["--config", "a.yaml", "--max_steps", "3"], ["--help"]]
+    with pytest.raises(SystemExit):
+        axk1.main(["info", "k1", "--max_steps", "3"])
+    assert "unrecognized arguments: --max_steps 3" in capsys.readouterr().err
+
+
 def test_help_teaches_and_the_command_works_from_elsewhere(tmp_path):
     def run(*arguments):
         environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from trainers.mode_overlap import prompt_key
 from trainers.tokenizer import END_THINK, THINK
 
 
@@ -62,6 +63,15 @@ def read_output(
     return Reading(thought_ids, answer_ids, format_error, truncated, len(body) + (not truncated))
 
 
+def stop_ids_of(model) -> set[int]:
+    """The tokens that end an answer. ValueError if the model has none."""
+    stop = model.generation_config.eos_token_id
+    stop_ids = {stop} if isinstance(stop, int) else set(stop or ())
+    if not stop_ids:
+        raise ValueError("generation_config.eos_token_id is None, so no answer would end; set the end-of-turn id.")
+    return stop_ids
+
+
 def summarise(mode: str, readings: Sequence[Reading], correct: Sequence[bool], elapsed_s: float) -> ModeResult:
     """Shares over all problems: whatever has no answer counts as wrong."""
     if not readings or len(readings) != len(correct):
@@ -78,10 +88,25 @@ def summarise(mode: str, readings: Sequence[Reading], correct: Sequence[bool], e
     )
 
 
+def bootstrap_interval(
+    values: Sequence[float], *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values`, one a problem; it has no width where all values are equal."""
+    if not values:
+        raise ValueError("no values to resample; give at least one.")
+    numbers = torch.tensor(list(values), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    # A draw at a time: all at once would hold draws x problems numbers.
+    means = [numbers[torch.randint(len(numbers), (len(numbers),), generator=generator)].mean() for _ in range(draws)]
+    tail = (1 - confidence) / 2
+    low, high = torch.stack(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
 def evaluate_mode(
     model,
     tokenizer,
-    prompts: Sequence[list[dict]],
+    prompts: Sequence[str | list[dict]],
     is_correct: Callable[[int, str], bool],
     *,
     thinking: bool,
@@ -90,16 +115,13 @@ def evaluate_mode(
     on_batch: Callable[[int], None] = lambda answers: None,
     **generate_kwargs,
 ) -> tuple[ModeResult, list[Reading], list[bool]]:
-    """Answer every prompt (a list of messages) in one mode and judge it.
+    """Answer every prompt (a list of messages, or a text) in one mode and judge it.
 
     is_correct(number of the prompt, answer text) is called for complete answers only. `generate_kwargs` go to
     `generate`; greedy unless they say otherwise. on_batch is told how many answers were added (a progress bar).
     """
     think_id, end_think_id = tokenizer.convert_tokens_to_ids([THINK, END_THINK])
-    stop = model.generation_config.eos_token_id
-    stop_ids = {stop} if isinstance(stop, int) else set(stop or ())
-    if not stop_ids:
-        raise ValueError("generation_config.eos_token_id is None, so no answer would end; set the end-of-turn id.")
+    stop_ids = stop_ids_of(model)
     readings, elapsed_s = [], 0.0
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -118,20 +140,28 @@ def evaluate_mode(
     return summarise("thinking" if thinking else "non-thinking", readings, correct, elapsed_s), readings, correct
 
 
-@torch.inference_mode()
+def encode_prompts(tokenizer, prompts, *, thinking: bool):
+    """Prompts (messages, or texts without control token) as left-padded `input_ids` and `attention_mask`, mode included."""
+    layout = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    if isinstance(prompts[0], str):
+        texts = [prompt_key(prompt) + (THINK if thinking else END_THINK) for prompt in prompts]
+        return tokenizer(texts, **layout)
+    return tokenizer.apply_chat_template(
+        list(prompts), add_generation_prompt=True, enable_thinking=thinking, return_dict=True, **layout
+    )
+
+
 def generate_ids(
     model, tokenizer, prompts, *, thinking: bool, max_new_tokens: int, **generate_kwargs
 ) -> list[list[int]]:
     """What the model writes after the control token that ends each prompt."""
-    encoded = tokenizer.apply_chat_template(
-        list(prompts),
-        add_generation_prompt=True,
-        enable_thinking=thinking,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        return_dict=True,
-    ).to(model.device)
+    encoded = encode_prompts(tokenizer, prompts, thinking=thinking).to(model.device)
+    return generate_ids_from(model, encoded, max_new_tokens=max_new_tokens, **generate_kwargs)
+
+
+@torch.inference_mode()
+def generate_ids_from(model, encoded, *, max_new_tokens: int, **generate_kwargs) -> list[list[int]]:
+    """What the model writes after encoded, left-padded prompts; greedy unless told otherwise."""
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens} | generate_kwargs
     was_training = model.training
     model.eval()

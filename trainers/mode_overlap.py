@@ -8,15 +8,36 @@ A row is what TRL's SFTTrainer reads:
   completion  in the prompt's form; thinking: `thought</think>answer`, non-thinking: `answer`
   chat_template_kwargs  {"enable_thinking": bool}, by which the chat template ends the prompt with the control token;
                         always present, since TRL raises a TypeError on None
+
+Rows come from worked answers or from two sources (`build_mode_overlap`), or from models (`trainers.mode_sampling`).
 """
 
 import json
+import os
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, Features, Value, load_dataset, load_from_disk
 
 from trainers.tokenizer import END_THINK, THINK
+
+MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+MODE = {"enable_thinking": Value("bool")}
+# The schema of a saved MOD, with prompts as messages and as text. Said outright: inferred from the first rows, an empty or
+# missing value there would give later rows another type.
+MESSAGE_FEATURES = Features({"prompt": MESSAGES, "completion": MESSAGES, "chat_template_kwargs": MODE})
+TEXT_FEATURES = Features({"prompt": Value("string"), "completion": Value("string"), "chat_template_kwargs": MODE})
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# Tags of other models and slips of the pen: none of them is a control token here, so the model would learn to write it as text.
+FOREIGN_TAG = re.compile(r"<\s*/?\s*(?:think|thought|reason|reflect|scratchpad)\w*\s*/?>", re.IGNORECASE)
+# How many rows a report shows of each defect.
+EXAMPLES = 3
+# GSM8K writes <<48/2=24>> beside each calculation, meant for a calculator and not for a reader.
+GSM8K_CALCULATION = re.compile(r"<<[^<>]*>>")
 
 
 def completion_text(completion: str | list[dict]) -> str:
@@ -42,7 +63,7 @@ def prompt_key(prompt: str | list[dict]) -> str:
     """What makes two prompts the same prompt: everything but the control token that ends a text prompt."""
     if isinstance(prompt, str):
         return prompt.removesuffix(THINK).removesuffix(END_THINK)
-    return json.dumps([[message["role"], message["content"]] for message in prompt], ensure_ascii=False)
+    return json.dumps([[message["role"], message.get("content")] for message in prompt], ensure_ascii=False)
 
 
 def make_row(prompt: str | list[dict], answer: str, thought: str | None = None) -> dict:
@@ -55,6 +76,17 @@ def make_row(prompt: str | list[dict], answer: str, thought: str | None = None) 
     else:
         completion = [{"role": "assistant", "content": text}]
     return {"prompt": prompt, "completion": completion, "chat_template_kwargs": {"enable_thinking": thinking}}
+
+
+def gsm8k_row(example: dict) -> dict:
+    """A thinking row from GSM8K's {"question", "answer": "the work\\n#### 18"}: the work is the thought, without its
+    calculator marks. ValueError if there is no `####`.
+    """
+    work, mark, answer = example["answer"].rpartition("####")
+    if not mark:
+        raise ValueError(f"A GSM8K answer ends in '#### ' and a number, got {example['answer']!r}.")
+    question = [{"role": "user", "content": example["question"]}]
+    return make_row(question, answer.strip(), GSM8K_CALCULATION.sub("", work).strip())
 
 
 def build_mode_overlap(thinking_rows: Iterable[dict], direct_rows: Iterable[dict] | None = None) -> list[dict]:
@@ -114,7 +146,9 @@ class ModeOverlapReport:
             f"{self.thinking_token_share:.1%} of the completions' tokens are thinking."
         ]
         for name, found in self.defects.items():
-            lines.append(f"{name}: {len(found)} rows, e.g. row {found[0]}: {json.dumps(self.rows[found[0]])[:300]}")
+            lines.append(f"{name}: {len(found)} rows, e.g.")
+            for number in found[:EXAMPLES]:
+                lines.append(f"  row {number}: {json.dumps(self.rows[number], ensure_ascii=False, default=str)[:300]}")
         return "\n".join(lines)
 
     def require_sound(self) -> None:
@@ -131,15 +165,17 @@ def validate_mode_overlap(
     """
     rows = list(rows)
     found = defaultdict(list)
-    held_out_keys = {prompt_key(prompt) for prompt in held_out}
+    held_out_texts = {_loosely(prompt_key(prompt)) for prompt in held_out}
     modes_of_prompt = defaultdict(set)
     seen, rows_per_mode, tokens_per_mode = set(), Counter(), Counter()
+    keys: list[str | None] = [None] * len(rows)
     for number, row in enumerate(rows):
-        thinking = (row.get("chat_template_kwargs") or {}).get("enable_thinking")
-        if not isinstance(thinking, bool):
-            found["chat_template_kwargs without a true or false enable_thinking"].append(number)
+        if defect := _unreadable(row):
+            found[defect].append(number)
             continue
+        thinking = row["chat_template_kwargs"]["enable_thinking"]
         key, text = prompt_key(row["prompt"]), completion_text(row["completion"])
+        keys[number] = key
         mode = "thinking" if thinking else "non-thinking"
         rows_per_mode[mode] += 1
         tokens_per_mode[mode] += count_tokens(text)
@@ -149,14 +185,33 @@ def validate_mode_overlap(
         if (key, thinking, text) in seen:
             found["duplicate of an earlier row"].append(number)
         seen.add((key, thinking, text))
-        if key in held_out_keys:
+        if _loosely(key) in held_out_texts:
             found["prompt of the held-out split"].append(number)
-    for number, row in enumerate(rows):
-        if len(modes_of_prompt.get(prompt_key(row["prompt"]), ())) == 1:
-            found["prompt in one mode only"].append(number)
+    alone = [number for number, key in enumerate(keys) if key is not None and len(modes_of_prompt[key]) == 1]
+    if alone:
+        found["prompt in one mode only"] = alone
     both = {mode: rows_per_mode[mode] for mode in ("thinking", "non-thinking")}
     tokens = {mode: tokens_per_mode[mode] for mode in both}
     return ModeOverlapReport(rows, len(modes_of_prompt), both, tokens, dict(found))
+
+
+def _loosely(text: str) -> str:
+    """A leak with other blanks or capitals is a leak."""
+    return " ".join(text.split()).casefold()
+
+
+def _unreadable(row: dict) -> str | None:
+    """Why a row cannot be looked into at all."""
+    if not isinstance((row.get("chat_template_kwargs") or {}).get("enable_thinking"), bool):
+        return "chat_template_kwargs without a true or false enable_thinking"
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if not prompt or type(prompt) is not type(completion):
+        return "prompt and completion not both text or both messages"
+    if not isinstance(prompt, str) and (len(completion) != 1 or completion[0].get("role") != "assistant"):
+        return "completion that is not one assistant message"
+    if not isinstance(completion, str) and not isinstance(completion[0].get("content"), str):
+        return "completion without a text content"
+    return None
 
 
 def _defects_of_row(prompt: str | list[dict], text: str, thinking: bool) -> list[str]:
@@ -175,4 +230,89 @@ def _defects_of_row(prompt: str | list[dict], text: str, thinking: bool) -> list
         defects.append("empty thought")
     if not answer.strip():
         defects.append("empty answer")
+    if any(tag not in (THINK, END_THINK) for tag in FOREIGN_TAG.findall(text)):
+        defects.append("unknown tag")
     return defects
+
+
+# -- files and the Hub --------------------------------------------------------------------------------------------
+def to_dataset(rows: Iterable[dict]) -> Dataset:
+    """The rows as a `datasets.Dataset` with the MOD's schema, ready to train on, to save or to push to the Hub.
+
+    A `reasoning_content` is written into its message's content. ValueError names the first row that the schema cannot hold
+    (tool calls, further columns, texts among messages): nothing is left out in silence.
+    """
+    rows = list(rows)
+    is_text = bool(rows) and isinstance(rows[0]["prompt"], str)
+    return Dataset.from_list(
+        [_schema_row(number, row, is_text) for number, row in enumerate(rows)],
+        features=TEXT_FEATURES if is_text else MESSAGE_FEATURES,
+    )
+
+
+def _schema_row(number: int, row: dict, is_text: bool) -> dict:
+    kwargs = row["chat_template_kwargs"]
+    extra = sorted((row.keys() - MESSAGE_FEATURES.keys()) | (kwargs.keys() - MODE.keys()))
+    if extra:
+        raise ValueError(f"row {number} has {extra}, which the Mode-Overlap schema does not hold; drop it.")
+    if any(isinstance(row[name], str) != is_text for name in ("prompt", "completion")):
+        raise ValueError(f"row {number} mixes text and messages; give all rows of a dataset one form.")
+    if is_text:
+        return row
+    return row | {name: [_schema_message(number, said) for said in row[name]] for name in ("prompt", "completion")}
+
+
+def _schema_message(number: int, message: dict) -> dict:
+    extra = sorted(key for key in message.keys() - {"role", "content", "reasoning_content"} if message[key])
+    if extra:
+        raise ValueError(f"row {number} has a message with {extra}, which the Mode-Overlap schema does not hold.")
+    thought = message.get("reasoning_content")
+    content = f"{thought}{END_THINK}{message['content']}" if thought else message["content"]
+    return {"role": message["role"], "content": content}
+
+
+def save_mode_overlap(rows: Iterable[dict], path: str | Path) -> Path:
+    """Write the rows as `.jsonl` or `.parquet`, whole or not at all. `to_dataset(rows).push_to_hub(name)` is the Hub."""
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"{path} ends in neither .jsonl nor .parquet; choose one of them.")
+    dataset, unfinished = to_dataset(rows), path.with_name(path.name + ".unfinished")
+    if path.suffix == ".parquet":
+        dataset.to_parquet(unfinished)
+    else:
+        dataset.to_json(unfinished, force_ascii=False)
+    os.replace(unfinished, path)
+    return path
+
+
+def load_mode_overlap(source: str | Path, split: str = "train", config: str | None = None) -> Dataset:
+    """Rows from a `.jsonl` or `.parquet` file, a folder or a Hub name, with the MOD's schema. Also made into it are
+
+    * `question` and `answer` as in GSM8K: `gsm8k_row` and `build_mode_overlap`;
+    * `prompt` and a thinking `completion`, no more: `build_mode_overlap` cuts the thought out.
+    ValueError if the columns are others.
+    """
+    loaded = load_table(source, split, config)
+    columns = set(loaded.column_names)
+    if columns == {"question", "answer"}:
+        return to_dataset(build_mode_overlap(map(gsm8k_row, loaded)))
+    if columns == {"prompt", "completion"}:
+        return to_dataset(build_mode_overlap(loaded))
+    if columns != set(MESSAGE_FEATURES):
+        raise ValueError(
+            f"{source} has the columns {sorted(columns)}; the Mode-Overlap schema is {[*MESSAGE_FEATURES]}."
+        )
+    is_text = isinstance(loaded.features["prompt"], Value)
+    return loaded.select_columns([*MESSAGE_FEATURES]).cast(TEXT_FEATURES if is_text else MESSAGE_FEATURES)
+
+
+def load_table(source: str | Path, split: str, config: str | None) -> Dataset:
+    """A file, a folder written by `save_to_disk` or holding data files, or a Hub name."""
+    path = Path(source)
+    if kind := FILE_FORMATS.get(path.suffix):
+        if not path.is_file():
+            raise ValueError(f"{source} does not exist; give a .jsonl or .parquet file, a folder or a Hub name.")
+        return load_dataset(kind, data_files=str(source), split="train")
+    if (path / "state.json").is_file():
+        return load_from_disk(str(source))
+    return load_dataset(str(source), config, split=split)

@@ -56,6 +56,13 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
+def text_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """The same table for a terminal."""
+    grid = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(len(line[column]) for line in grid) for column in range(len(grid[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in grid)
+
+
 def line_chart(
     series: Mapping[str, Sequence[tuple[float, float]]],
     *,

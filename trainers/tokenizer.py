@@ -24,7 +24,8 @@ PRE_TOKEN_PATTERN = (
 # `</think>`, null none at all (the turn stays open for `generate(enable_thinking=...)`, or for training without tags).
 # Never `<think></think>`: it shares its first token with the thinking prompt.  [tech report, Think-Fusion]
 # A turn before the last user message loses its thought and reads as a direct answer; thoughts between tool calls of the
-# running turn stay, since the model is still using them. Thought and answer are rendered verbatim.
+# running turn stay, since the model is still using them. `keep_history_thoughts` keeps all of them.
+# Thought and answer are rendered verbatim.
 # The loss span excludes the control token, which is always given, and includes the end of turn.
 TRAINING_CHAT_TEMPLATE = r"""
 {%- macro text_of(content) -%}
@@ -73,7 +74,7 @@ TRAINING_CHAT_TEMPLATE = r"""
             {%- set answer = pieces[1] if pieces | length > 1 else '' -%}
         {%- endif -%}
         {{- '<|im_start|>assistant\n' -}}
-        {%- set thinking = thought and loop.index0 > turn.last_user -%}
+        {%- set thinking = thought and (keep_history_thoughts or loop.index0 > turn.last_user) -%}
         {%- if thinking -%}
             {{- '<think>' -}}
         {%- elif enable_thinking is not defined or enable_thinking is not none -%}

@@ -1,9 +1,8 @@
 """Is an output read by its mode's rules, and do the shares add up?"""
 
 import pytest
-import torch
-from transformers import GenerationConfig
 
+from tests.scripted_model import ScriptedModel
 from trainers.evaluation import Reading, evaluate_mode, read_output, summarise
 from trainers.tokenizer import train_tokenizer
 
@@ -58,25 +57,6 @@ def test_summary_is_shares_of_all_problems():
     assert (result.tokens_per_answer, result.seconds_per_answer, result.problems) == (3.0, 0.5, 4)
     with pytest.raises(ValueError, match="4 readings and 1 verdicts"):
         summarise("thinking", readings, [True], elapsed_s=1.0)
-
-
-class ScriptedModel(torch.nn.Module):
-    """Writes given ids after any prompt, padded as `generate` pads, and keeps what it was asked."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, scripts, stop_id, pad_id):
-        super().__init__()
-        self.scripts, self.pad_id, self.asked, self.settings = list(scripts), pad_id, [], []
-        self.generation_config = GenerationConfig(eos_token_id=stop_id)
-
-    def generate(self, input_ids, attention_mask, **settings):
-        assert not self.training
-        self.asked += [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask)]
-        self.settings.append(settings)
-        scripts = [self.scripts.pop(0) for _ in input_ids]
-        longest = max(map(len, scripts))
-        return torch.cat([input_ids, torch.tensor([s + [self.pad_id] * (longest - len(s)) for s in scripts])], dim=1)
 
 
 @pytest.mark.parametrize("thinking", [True, False])

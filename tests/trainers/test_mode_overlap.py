@@ -1,10 +1,22 @@
 """Does the Mode-Overlap Dataset come out paired, and does its validator catch each defect?"""
 
+import json
 import warnings
 
 import pytest
 
-from trainers.mode_overlap import build_mode_overlap, make_row, split_completion, validate_mode_overlap
+from trainers.mode_overlap import (
+    MESSAGE_FEATURES,
+    TEXT_FEATURES,
+    build_mode_overlap,
+    gsm8k_row,
+    load_mode_overlap,
+    make_row,
+    save_mode_overlap,
+    split_completion,
+    to_dataset,
+    validate_mode_overlap,
+)
 
 
 def ask(text):
@@ -89,6 +101,10 @@ DEFECTS = {
         *pair(),
         {**pair()[0], "chat_template_kwargs": None},
     ],
+    "unknown tag": pair(thinking="<thinking>a</think>b"),
+    "prompt and completion not both text or both messages": [*pair(), {**pair()[0], "completion": "text"}],
+    "completion that is not one assistant message": [*pair(), {**pair()[0], "completion": say("a") + say("b")}],
+    "completion without a text content": [*pair(), {**pair()[0], "completion": say(None)}],
     "text prompt without its mode's control token at the end": [
         {**row, "prompt": "q<think>", "completion": row["completion"][0]["content"]} for row in pair()
     ],
@@ -120,3 +136,90 @@ def test_token_share():
     report = validate_mode_overlap(rows, count_tokens=lambda text: len(text.replace("</think>", "")))
     assert report.tokens_per_mode == {"thinking": 4, "non-thinking": 4}
     assert report.thinking_token_share == 0.5
+
+
+def test_a_leak_with_other_blanks_and_capitals_is_a_leak():
+    assert (
+        "prompt of the held-out split"
+        in validate_mode_overlap(pair("What  is 2+2"), held_out=[ask("what is 2+2")]).defects
+    )
+
+
+def test_report_counts_and_shows_three_rows_of_a_defect():
+    shown = str(validate_mode_overlap([row for n in range(5) for row in pair(f"q{n}", direct=" ")]))
+    assert "empty answer: 5 rows" in shown and shown.count("  row ") == 3 and "  row 1: " in shown and "q2" in shown
+
+
+def test_gsm8k_lines_become_pairs():
+    line = {"question": "Clips?", "answer": "48/2 = <<48/2=24>>24 in May.\n48+24 = <<48+24=72>>72 in all.\n#### 72"}
+    thinking, direct = build_mode_overlap([gsm8k_row(line)])
+    assert thinking["prompt"] == direct["prompt"] == ask("Clips?")
+    assert thinking["completion"] == say("48/2 = 24 in May.\n48+24 = 72 in all.</think>72")
+    assert direct["completion"] == say("72")
+    with pytest.raises(ValueError, match="ends in '#### '"):
+        gsm8k_row({"question": "q", "answer": "72"})
+
+
+HISTORY = [*ask("1+1"), *say("2", reasoning_content="one and one"), *ask("and 1 more")]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("rows", "features"),
+    [
+        (build_mode_overlap(THINKING) + [make_row(HISTORY, "3", "two and one")], MESSAGE_FEATURES),
+        (build_mode_overlap([{"prompt": "2+2<think>", "completion": "a</think>4"}]), TEXT_FEATURES),
+    ],
+    ids=["messages", "texts"],
+)
+def test_saved_rows_load_as_they_were(tmp_path, rows, features, suffix):
+    path = save_mode_overlap(rows, tmp_path / f"mod{suffix}")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    loaded = load_mode_overlap(path)
+    assert loaded.features == features
+    expected = to_dataset(rows).to_list()
+    assert loaded.to_list() == expected and validate_mode_overlap(loaded).rows_per_mode["thinking"] > 0
+    if features is MESSAGE_FEATURES:
+        # A thought in the history is written out, as the chat template reads it.
+        assert expected[-1]["prompt"][1]["content"] == "one and one</think>2"
+    # A folder with a data file is what a Hub dataset is.
+    assert load_mode_overlap(tmp_path).to_list() == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"tools": []}, r"row 1 has \['tools'\]"),
+        ({"completion": "text"}, "row 1 mixes text and messages"),
+        ({"chat_template_kwargs": {"enable_thinking": True, "x": 1}}, r"row 1 has \['x'\]"),
+        (
+            {"prompt": [{"role": "assistant", "content": "", "tool_calls": [1]}]},
+            r"row 1 has a message with \['tool_calls'\]",
+        ),
+    ],
+)
+def test_what_the_schema_cannot_hold_is_refused(tmp_path, change, complaint):
+    rows = pair()
+    with pytest.raises(ValueError, match=complaint):
+        save_mode_overlap([rows[0], rows[1] | change], tmp_path / "mod.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither .jsonl nor .parquet"):
+        save_mode_overlap(pair(), tmp_path / "mod.csv")
+    with pytest.raises(ValueError, match="does not exist"):
+        load_mode_overlap(tmp_path / "mod.jsonl")
+    (tmp_path / "mod.jsonl").write_text('{"question": "q", "reply": "a"}\n')
+    with pytest.raises(ValueError, match=r"columns \['question', 'reply'\]"):
+        load_mode_overlap(tmp_path / "mod.jsonl")
+
+
+def test_thinking_rows_and_gsm8k_lines_are_paired_as_they_load(tmp_path):
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "2+2", "answer": "two and two\n#### 4"}))
+    (tmp_path / "thinking.jsonl").write_text(json.dumps({"prompt": ask("2+2"), "completion": say("two and two</think>4")}))
+    expected = to_dataset(build_mode_overlap(THINKING[:1])).to_list()
+    for name in ("gsm8k.jsonl", "thinking.jsonl"):
+        assert load_mode_overlap(tmp_path / name).to_list() == expected
+    to_dataset(build_mode_overlap(THINKING[:1])).save_to_disk(tmp_path / "saved")
+    assert load_mode_overlap(tmp_path / "saved").to_list() == expected

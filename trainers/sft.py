@@ -1,0 +1,181 @@
+"""How is `axk1 sft` run? A YAML file and flags become settings; a model and rows from paths or the Hub; train, save, push.
+
+Under `accelerate launch` every process runs this.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoTokenizer
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from trainers import report
+from trainers.mode_overlap import load_mode_overlap, prompt_key, validate_mode_overlap
+from trainers.think_fusion import ThinkFusionConfig, ThinkFusionTrainer
+from trainers.tokenizer import CHAT_TEMPLATE
+
+LONE_PROMPT = "prompt in one mode only"
+
+
+@dataclass
+class SftArguments:
+    """What `axk1 sft` needs beside ThinkFusionConfig and TRL's ModelConfig."""
+
+    dataset: str = field(
+        metadata={
+            "help": "A .jsonl or .parquet file, a dataset folder or a Hub name: Mode-Overlap rows, thinking rows (prompt, "
+            "completion), or question and answer as in GSM8K; the last two are paired by cutting the thought out."
+        }
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset or folder."})
+    test_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows whose prompts must not occur in training: for eval_strategy, and for the probe. As `dataset`."
+        },
+    )
+    test_split: str = field(default="test", metadata={"help": "Split of the test dataset."})
+    probe_prompts: int = field(default=16, metadata={"help": "Test prompts that the probe asks in both modes."})
+    check_rows: bool = field(
+        default=True,
+        metadata={"help": "Look for every defect of a Mode-Overlap Dataset before training, and stop at any."},
+    )
+    think_fusion_template: bool = field(
+        default=False,
+        metadata={
+            "help": "Give the model this library's chat template (ChatML, one control token a mode): for models whose own "
+            "renders modes in another way, such as Qwen3."
+        },
+    )
+
+
+def parse(settings: Sequence[str]) -> tuple[SftArguments, ThinkFusionConfig, ModelConfig]:
+    """Flags, and under `--config` a YAML file whose values they override. ValueError for a setting that does not exist."""
+    parser = TrlParser((SftArguments, ThinkFusionConfig, ModelConfig), prog="axk1 sft")
+    arguments, config, model = parser.parse_args_and_config(list(settings))
+    if model.model_name_or_path is None:
+        raise ValueError("No model is named; give --model_name_or_path, a folder or a Hub name.")
+    if config.eval_strategy != "no" and arguments.test_dataset is None:
+        raise ValueError(f"eval_strategy={config.eval_strategy} has nothing to evaluate on; give --test_dataset.")
+    return arguments, config, model
+
+
+def run_sft(settings: Sequence[str]) -> ThinkFusionTrainer:
+    """Train by the settings; the model, its tokenizer and report.html end in `output_dir`."""
+    arguments, config, model = parse(settings)
+    config.model_init_kwargs = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+    } | (config.model_init_kwargs or {})
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=config.trust_remote_code
+    )
+    if arguments.think_fusion_template:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    with config.main_process_first(desc="reading the rows"):
+        rows, test_rows = load_splits(arguments)
+    if arguments.check_rows and config.process_index == 0:
+        check(rows, test_rows, lambda text: len(tokenizer(text).input_ids))
+    if model.use_peft and model.lora_target_modules is None:
+        # peft knows no default for axk1. The routed experts are parameters: name them in lora_target_parameters.
+        model.lora_target_modules = "all-linear"
+    trainer = ThinkFusionTrainer(
+        model.model_name_or_path,
+        config,
+        processing_class=tokenizer,
+        train_dataset=rows,
+        eval_dataset=test_rows if config.eval_strategy != "no" else None,
+        probe_prompts=distinct_prompts(test_rows, arguments.probe_prompts) if test_rows else (),
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+    trainer.train(resume_from_checkpoint=find_checkpoint(config))
+    trainer.save_model(config.output_dir)
+    if trainer.is_world_process_zero():
+        path = Path(config.output_dir) / "report.html"
+        write_report(path, trainer.state.log_history)
+        print(f"\n{first_and_last(trainer.state.log_history)}\n{config.output_dir}; {path}")
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=arguments.dataset)
+    trainer.accelerator.end_training()
+    return trainer
+
+
+def load_splits(arguments: SftArguments) -> tuple[Dataset, Dataset | None]:
+    rows = load_mode_overlap(arguments.dataset, arguments.dataset_split, arguments.dataset_config)
+    if arguments.test_dataset is None:
+        return rows, None
+    # A configuration belongs to the dataset it was given for.
+    config = arguments.dataset_config if arguments.test_dataset == arguments.dataset else None
+    return rows, load_mode_overlap(arguments.test_dataset, arguments.test_split, config)
+
+
+def check(rows: Dataset, test_rows: Dataset | None, count_tokens) -> None:
+    """Print the validator's report; ValueError for any defect. Rows of one mode only are a stage of their own: no pairs there."""
+    held_out = test_rows["prompt"] if test_rows is not None else ()
+    found = validate_mode_overlap(rows, held_out=held_out, count_tokens=count_tokens)
+    if 0 in found.rows_per_mode.values():
+        found.defects.pop(LONE_PROMPT, None)
+    found.require_sound()
+    print(found)
+
+
+def distinct_prompts(rows: Dataset, count: int) -> list[str | list[dict]]:
+    prompts = {prompt_key(prompt): prompt for prompt in rows["prompt"]}
+    return list(prompts.values())[:count]
+
+
+def find_checkpoint(config: ThinkFusionConfig) -> str | None:
+    """`resume_from_checkpoint`: a checkpoint's folder, or `latest` for the newest whole one in `output_dir`, if there is one."""
+    if config.resume_from_checkpoint != "latest":
+        return config.resume_from_checkpoint
+    folders = sorted(
+        Path(config.output_dir).glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2])
+    )
+    # The trainer's state is what it writes last.
+    whole = [folder for folder in folders if (folder / TRAINER_STATE_NAME).is_file()]
+    if broken := [folder.name for folder in folders if folder not in whole]:
+        print(f"{config.output_dir}: {', '.join(broken)} was not written to the end and is passed over")
+    return str(whole[-1]) if whole else None
+
+
+# -- what is shown ------------------------------------------------------------------------------------------------
+SHOWN = {
+    "loss of each mode": ("loss_thinking", "loss_non_thinking"),
+    "held-out loss of each mode": ("eval_loss_thinking", "eval_loss_non_thinking"),
+    "format error on the probe prompts": ("probe_format_error_thinking", "probe_format_error_non_thinking"),
+    "truncated answers to the probe prompts": ("probe_truncation_thinking", "probe_truncation_non_thinking"),
+    "tokens an answer, probe prompts": ("probe_tokens_thinking", "probe_tokens_non_thinking"),
+}
+
+
+def curve(history: Sequence[dict], name: str) -> list[tuple[float, float]]:
+    return [(log["step"], log[name]) for log in history if name in log]
+
+
+def first_and_last(history: Sequence[dict]) -> str:
+    """Where each mode began and where it is."""
+    rows = []
+    for title, names in SHOWN.items():
+        for name, mode in zip(names, ("thinking", "non-thinking")):
+            if points := curve(history, name):
+                first, last = (f"{value:.4g} (step {step})" for step, value in (points[0], points[-1]))
+                rows.append({"what": title, "mode": mode, "first": first, "last": last})
+    return report.text_table(rows) if rows else "nothing was logged; logging_steps is longer than the training"
+
+
+def write_report(path: Path, history: Sequence[dict]) -> None:
+    """One chart a measure, a curve a mode, over the steps of a run."""
+    pieces = []
+    for title, names in SHOWN.items():
+        series = {mode: curve(history, name) for name, mode in zip(names, ("thinking", "non-thinking"))}
+        shown = {mode: points for mode, points in series.items() if points}
+        if shown:
+            unit = "nats a token" if "loss" in title else "tokens" if "tokens" in title else "share"
+            pieces.append(report.line_chart(shown, caption=title, x_label="step", y_label=unit))
+    path.write_text(report.page("Think-Fusion SFT", pieces), encoding="utf-8")

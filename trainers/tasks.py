@@ -1,0 +1,94 @@
+"""By which problems is a model judged, and when is an answer right? Problems from files and from reasoning-gym.
+
+lm-evaluation-harness brings its own (`trainers.harness`).
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+# What names a reasoning-gym family among tasks.
+GYM = "reasoning-gym:"
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    prompts: list[list[dict]]
+    # (number of the problem, text of the complete answer) -> right?
+    is_correct: Callable[[int, str], bool]
+
+
+def read_jsonl_task(path: str | Path, limit: int | None = None) -> Task:
+    """Problems from a file with `question` or `prompt` (text or messages) and `answer` a line, such as GSM8K's test file.
+
+    Of an answer only what follows `####` counts, where that is there. An answer is right if it is the same text, or, where a
+    number is asked for, if the last number in it is that number. ValueError names a line that is not such a problem.
+    """
+    prompts, answers = [], []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if limit is not None and len(prompts) == limit:
+            break
+        if line.strip():
+            prompt, answer = _read_problem(path, number, line)
+            prompts.append(prompt)
+            answers.append(answer)
+    if not prompts:
+        raise ValueError(f"{path} holds no problem; give a line with question and answer for each.")
+    return Task(Path(path).name, prompts, lambda number, answer: same_answer(answer, answers[number]))
+
+
+def _read_problem(path: str | Path, number: int, line: str) -> tuple[list[dict], str]:
+    try:
+        problem = json.loads(line)
+        prompt, answer = problem.get("question", problem.get("prompt")), problem["answer"]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}:{number} is not a JSON object with question and answer ({error!r}).") from error
+    if not prompt or isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        raise ValueError(
+            f"{path}:{number} needs a question (or prompt) and a text or number as answer, got {line[:200]!r}."
+        )
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return messages, str(answer).rpartition("####")[2].strip()
+
+
+def same_answer(said: str, right: str) -> bool:
+    """Same text but for blanks, capitals and a full stop; for a number, same value as the last number said."""
+    value = _number(right)
+    if value is not None:
+        return (found := last_number(said)) is not None and found == value
+    return _plain(said) == _plain(right)
+
+
+def last_number(text: str) -> Decimal | None:
+    """Its value, thousands commas read as such; None if there is none."""
+    found = [match for match in NUMBER.findall(text) if any(character.isdigit() for character in match)]
+    return Decimal(found[-1].replace(",", "")) if found else None
+
+
+def _number(text: str) -> Decimal | None:
+    stripped = text.strip().lstrip("$").rstrip(".%")
+    return Decimal(stripped.replace(",", "")) if stripped and NUMBER.fullmatch(stripped) else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).rstrip(".").casefold()
+
+
+def draw_reasoning_gym(family: str, size: int, seed: int) -> Task:
+    """`size` problems of a reasoning-gym family, judged by its own verifier; partial credit counts as wrong."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ImportError(f"{GYM}{family} needs reasoning-gym; pip install 'axk1[eval]'.") from error
+    try:
+        problems = reasoning_gym.create_dataset(family, seed=seed, size=size)
+    except ValueError as error:
+        raise ValueError(f"{GYM}{family}: reasoning-gym has no such family ({error}).") from error
+    entries = [problems[number] for number in range(size)]
+    prompts = [[{"role": "user", "content": entry["question"]}] for entry in entries]
+    return Task(f"{GYM}{family}", prompts, lambda number, said: problems.score_answer(said, entries[number]) == 1.0)
