@@ -6,6 +6,7 @@ conversion that ignored it would be a model that answers wrongly.
 
 import ast
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,6 +85,8 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "glu_linear_offset": ((0.0, 0), "A.X K1's SwiGLU has no offset"),
     "softmax_type": (("vanilla",), "A.X K1's softmax has no sink"),
     "squared_relu": ((False,), "A.X K1's experts are SwiGLU"),
+    "qk_l2_norm": ((False,), "A.X K1 normalises its latents by RMSNorm"),
+    "moe_router_topk_limited_devices": ((None,), "A.X K1 limits the choice by groups, not by devices"),
     "use_mup": ((False,), "A.X K1 scales no activation by its width"),
     "experimental_attention_variant": ((None,), "A.X K1's attention is plain MLA"),
     "mtp_use_repeated_layer": ((False,), "each of A.X K1's prediction layers has weights of its own"),
@@ -171,6 +174,12 @@ def _true_vocabulary(args: Mapping[str, Any]) -> int:
         raise ValueError(
             f"the checkpoint does not hold its true vocabulary, only padded_vocab_size={args.get('padded_vocab_size')}; "
             "give --vocab-size, --tokenizer or --config."
+        )
+    if args.get("tokenizer_type") == "NullTokenizer" and args.get("padded_vocab_size") != args["vocab_size"]:
+        warnings.warn(
+            f"vocab_size={args['vocab_size']} of a NullTokenizer: some versions of Megatron-LM (0.16) trained one row more, for "
+            f"the end of a document, which is cut here; give --vocab-size {args['vocab_size'] + 1} to keep it.",
+            stacklevel=2,
         )
     return args["vocab_size"]
 

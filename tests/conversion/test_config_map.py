@@ -147,6 +147,13 @@ def test_layer_lists(said):
     assert layer_types_said({"num_layers": 3}) is None
 
 
+def test_a_null_tokenizer_may_hide_a_row():
+    config = AxK1Config.preset("nano")
+    args = {"tokenizer_type": "NullTokenizer", "padded_vocab_size": 640}
+    with pytest.warns(UserWarning, match="give --vocab-size 513"):
+        assert read_back(config, **args).vocab_size == 512
+
+
 def test_names_of_other_versions():
     config = AxK1Config.preset("nano")
     args = arguments_from_config(config) | {"layernorm_epsilon": None, "norm_epsilon": 1e-6, "num_experts": None}

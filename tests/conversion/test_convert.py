@@ -15,8 +15,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AXK1ForCausalLM
 
+import axk1
 from conversion import Reading, convert_to_hf, convert_to_megatron, inspect, to_hf, verify
-from conversion.checkpoint import HashedFile
+from conversion.checkpoint import HashedFile, TensorSpec, plan_shards, shard_header, write_index
+from conversion.weight_map import rows_of
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
 from modeling_axk1.modeling_axk1 import AxK1DecoderLayer, AxK1RMSNorm
 from tests.conversion.megatron_files import FIXTURES, LAYOUTS, PLAIN, checkpoints, reference
@@ -297,6 +299,31 @@ def test_a_dry_run_writes_nothing_and_foretells_the_files(tmp_path):
     conversion.run(progress=False)
     written = {path.name: path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors")}
     assert written.keys() == dict(plan.files).keys() and plan.nbytes <= sum(written.values()) < plan.nbytes * 1.1
+
+
+def test_the_whole_of_k1_is_planned_in_seconds(tmp_path, capsys):
+    """A terabyte of sparse files; nothing is written but the plan on the screen."""
+    config = AxK1Config.preset("k1")
+    (tmp_path / "k1").mkdir()
+    config.save_pretrained(tmp_path / "k1")
+    specs = [
+        TensorSpec(name, torch.bfloat16, (row.shape[0] // len(row.hf), *row.shape[1:]))
+        for row in rows_of(config)
+        for name in row.hf
+    ]
+    shards = plan_shards(specs, 5 * 10**9)
+    for shard in shards:
+        header = shard_header(shard)
+        with (tmp_path / "k1" / shard.filename).open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + shard.nbytes)
+    write_index(tmp_path / "k1", shards)
+    target = ["--format", "legacy", "--tp", "8", "--pp", "16", "--ep", "8", "--etp", "1"]
+    uneven = ["--first-stage-layers", "3", "--last-stage-layers", "2", "--dry-run"]
+    assert axk1.main(["convert", "to-megatron", str(tmp_path / "k1"), str(tmp_path / "out"), *target, *uneven]) == 0
+    said = capsys.readouterr().out
+    assert "release/mp_rank_07_015_007/model_optim_rng.pt" in said and "128 files, 1,0" in said and "MB; about" in said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
