@@ -5,12 +5,13 @@ import os
 import sys
 from pathlib import Path
 
-DESCRIPTION = "A.X K1 for Transformers: talk to it, serve it, merge its two reasoning modes."
+DESCRIPTION = "A.X K1 for Transformers: talk to it, serve it, train and merge its two reasoning modes."
 EXAMPLES = {
     None: """examples:
   axk1 chat runs/nano/fused --think
   axk1 serve runs/nano/fused --port 8000
   axk1 merge THINKING NONTHINKING MERGED --alpha 0.8
+  axk1 rl --config recipes/configs/rl_cpu.yaml
   axk1 info k1
 
 `axk1 COMMAND --help` says more. AXK1_DEBUG=1 (or --debug) shows the traceback of an error.""",
@@ -31,6 +32,18 @@ The thought comes back as `reasoning_content`, the answer as `content`.""",
 
 Each is a folder of safetensors, of any architecture. Memory does not grow with the model. Killed, or out of disk
 space: run the same command again, it goes on where it was.""",
+    "rl": """examples:
+  axk1 rl --config recipes/configs/rl_cpu.yaml
+  axk1 rl --config recipes/configs/rl_cpu.yaml --max_steps 50 --resume_from_checkpoint latest
+  axk1 rl --model_name_or_path MODEL --dataset gsm8k.jsonl --prompt_column question --judge math --output_dir OUT
+  accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m axk1 rl --config recipes/configs/rl_8gpu.yaml
+
+Every prompt is asked in both modes; groups of answers that are all right or all wrong are replaced by others (DAPO).
+Settings are those of DapoGspoConfig (TRL's GRPOConfig and more), of TRL's ModelConfig (LoRA, dtype) and
+  --dataset       .jsonl, .json, .parquet or .csv file, dataset folder, Hub name, or reasoning-gym:FAMILY,FAMILY
+  --prompt_column the instruction: messages, or a text            --system_prompt, --plain_text: how a text is asked
+  --judge         math, text, reasoning-gym, or your own package.module:function(answer, row)
+A flag overrides the YAML file's value. `axk1 rl --all-settings` lists them all. --push_to_hub pushes at the end.""",
     "info": """examples:
   axk1 info k1                 one of the presets: k1, light, nano
   axk1 info runs/nano/fused --context 4096""",
@@ -39,7 +52,14 @@ space: run the same command again, it goes on where it was.""",
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
-    options = vars(build_parser().parse_args(argv))
+    parser = build_parser()
+    known, settings = parser.parse_known_args(argv)
+    options = vars(known)
+    # A training command's settings are declared in trainers, which is imported only when one is called.
+    if "settings" in options:
+        options["settings"] = settings
+    elif settings:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
     run, debug = options.pop("run"), options.pop("debug") or bool(os.environ.get("AXK1_DEBUG"))
     try:
         run(**options)
@@ -66,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_serve(commands)
     _add_merge(commands)
+    _add_rl(commands)
     _add_info(commands)
     return parser
 
@@ -120,6 +141,15 @@ def _add_merge(commands) -> None:
     command.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of an output file (default 5)")
 
 
+def _add_rl(commands) -> None:
+    command = _add_command(commands, "rl", rl, "train both modes by reinforcement (DAPO with GSPO's ratio)")
+    command.usage = "axk1 rl [--config FILE.yaml] [--SETTING VALUE ...]"
+    # A setting that begins like one of ours must not be taken for it.
+    command.allow_abbrev = False
+    command.add_argument("--all-settings", action="store_true", help="list every setting")
+    command.set_defaults(settings=[])
+
+
 def _add_info(commands) -> None:
     command = _add_command(commands, "info", info, "print a model's dimensions, parameters and FLOPs")
     command.add_argument("model", metavar="MODEL", help="k1, light, nano, or a folder with a config.json")
@@ -156,6 +186,12 @@ def merge(
             continue
         merge_checkpoints(thinking_dir, nonthinking_dir, target, alpha=weight, shard_bytes=int(shard_gb * 1e9))
         print(f"wrote {target}: {weight:g} x {thinking_dir} + {1 - weight:g} x {nonthinking_dir}")
+
+
+def rl(settings: list[str], all_settings: bool) -> None:
+    from trainers.rl import run_rl
+
+    run_rl(["--help"] if all_settings else settings)
 
 
 def info(model: str, context: int) -> None:
