@@ -389,7 +389,8 @@ class DapoGspoTrainer(GRPOTrainer):
     AutoModelForCausalLM, since TRL's own loader takes the class that transformers itself has for axk1.
 
     Logs besides TRL's metrics, for each mode, `thinking/` and `non_thinking/`: accuracy, format_error, truncated, tokens,
-    all_right, all_wrong, keep_rate; and `sampling/`: keep_rate, rounds, dead_groups, failed, completions.
+    all_right, all_wrong, keep_rate; and `sampling/`: keep_rate, rounds, dead_groups, failed, completions, tokens (generated
+    for a batch).
     """
 
     _tag_names = ["trl", "grpo", "dapo", "gspo"]
@@ -584,6 +585,7 @@ class DapoGspoTrainer(GRPOTrainer):
             "dead_groups": dead,
             "failed": fates.count("failed"),
             "completions": sum(len(group.rollouts) for group in asked),
+            "tokens": sum(len(each.completion_ids) for group in asked for each in group.rollouts),
         }
         metrics = mode_metrics(asked, self.tokens) | {f"sampling/{name}": value for name, value in sampling.items()}
         for name, value in metrics.items():

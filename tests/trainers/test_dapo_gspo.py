@@ -406,9 +406,29 @@ def test_dead_groups_are_no_part_of_the_loss(tokenizer, tmp_path, ratio):
     assert (log["thinking/all_right"], log["thinking/all_wrong"], log["thinking/accuracy"]) == (0.25, 0.25, 9 / 16)
 
 
+def test_masked_rows_are_masked_whole(tokenizer, tmp_path):
+    """Not by their advantage alone: a KL term or an entropy bonus would still see them."""
+    trainer = train(tokenizer, tmp_path, mixed, questions(4), max_steps=1)
+    batch = {
+        "completion_mask": torch.tensor([[1, 1], [1, 0], [1, 1], [0, 0]]),
+        "advantages": torch.tensor([1.0, 2, 3, 4]),
+    }
+    masked = trainer._mask_dead(batch, torch.tensor([True, True, False, True]))
+    assert masked["completion_mask"].tolist() == [[1, 1], [1, 0], [0, 0], [0, 0]]
+    # Two of four rows count, and the mean over rows (loss_type grpo) is to be one over those two.
+    assert masked["advantages"].tolist() == [2.0, 4.0, 0.0, 0.0] and masked["num_items_in_batch"] == 3
+
+
 def test_a_full_batch_of_live_groups_is_asked_for(tokenizer, tmp_path):
     """Half of all questions are dead: every batch ends full, and each round asks every instruction in both modes."""
-    trainer = train(tokenizer, tmp_path, mixed, questions(40), max_steps=3, shuffle_dataset=True)
+    judged = []
+
+    def judge(answer, row):
+        judged.append(answer)
+        return judge_text(answer, row)
+
+    trainer = train(tokenizer, tmp_path, mixed, questions(40), judge=judge, max_steps=3, shuffle_dataset=True)
+    assert len(judged) == sum(map(len, trainer.asked)), "each completion is judged once"
     logs = [log for log in trainer.state.log_history if "sampling/rounds" in log]
     assert all(log["sampling/dead_groups"] == 0 for log in logs)
     assert [log["sampling/rounds"] > 1 for log in logs] == [log["sampling/keep_rate"] < 1 for log in logs]

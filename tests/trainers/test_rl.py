@@ -75,8 +75,10 @@ def test_trains_saves_and_resumes_bit_identical(start, tmp_path, capsys):
     assert page.count("<svg") == 7 and "keep rate" in page and "non-thinking" in page
     # The second half again, from the first half's checkpoint alone.
     (tmp_path / "b").mkdir()
-    (tmp_path / "a" / "checkpoint-1").rename(tmp_path / "b" / "checkpoint-1")
+    kept = (tmp_path / "a" / "checkpoint-1").rename(tmp_path / "b" / "checkpoint-1") / "trainer_state.json"
+    written = kept.stat().st_mtime_ns
     assert axk1.main(command(start, tmp_path / "b", "--resume_from_checkpoint", "latest")) == 0
+    assert kept.stat().st_mtime_ns == written, "the run began anew"
     first, second, before = weights(tmp_path / "a"), weights(tmp_path / "b"), weights(start)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], before[name]) for name in first), "vacuous: nothing was learned"
