@@ -128,8 +128,9 @@ class DapoGspoConfig(GRPOConfig):
         _require_choice("importance_sampling_level", self.importance_sampling_level, CLIP)
         _require_choice("reward_errors", self.reward_errors, ON_ERROR)
         low, high = CLIP[self.importance_sampling_level]
-        # Someone who sets one end means a symmetric range, as in TRL.
-        self.epsilon_high = self.epsilon_high if self.epsilon_high is not None else (self.epsilon or high)
+        if self.epsilon_high is None:
+            # Someone who sets the lower end alone means a symmetric range, as in TRL.
+            self.epsilon_high = high if self.epsilon is None else self.epsilon
         self.epsilon = low if self.epsilon is None else self.epsilon
         self.loss_type = self.loss_type or AGGREGATION[self.importance_sampling_level]
         if self.max_resample_rounds < 0:
@@ -352,18 +353,14 @@ def groups_to_ask(missing: int, asked: int, kept: int, *, unit: int, most: int) 
     return min(math.ceil(expected / unit) * unit, most)
 
 
-def count_fates(groups: Sequence[Group]) -> dict[bool, Counter]:
-    """For each mode how many groups were kept, all_right, all_wrong, failed."""
-    return {mode: Counter(group.fate for group in groups if group.thinking is mode) for mode in (True, False)}
-
-
 def mode_metrics(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
     """What each mode did, over all the groups that were asked: shares from 0 to 1, and tokens a completion."""
     metrics = {}
-    for mode, fates in count_fates(groups).items():
+    for mode in MODE_NAMES:
         chosen = [group for group in groups if group.thinking is mode]
         if not chosen:
             continue
+        fates = Counter(group.fate for group in chosen)
         base_RF = torch.cat([group.rewards_GF[:, :2] for group in chosen])
         readings = [read(each.completion_ids, mode, tokens) for group in chosen for each in group.rollouts]
         values = {
@@ -405,8 +402,10 @@ class DapoGspoTrainer(GRPOTrainer):
         eval_dataset: Dataset | None = None,
         processing_class=None,
         shaping_rewards: Sequence[Callable] = (),
+        callbacks=None,
+        optimizers=(None, None),
+        peft_config=None,
         quantization_config=None,
-        **kwargs,
     ):
         if Version(trl.__version__) < Version("1.16"):
             raise ImportError(f"DapoGspoTrainer needs TRL 1.16, found {trl.__version__}; use Python 3.11 or later.")
@@ -439,7 +438,9 @@ class DapoGspoTrainer(GRPOTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            **kwargs,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
         )
         self.progress = ModeProgress()
         # With disable_tqdm there is a plain printer instead, which stays.
@@ -519,7 +520,7 @@ class DapoGspoTrainer(GRPOTrainer):
             )
             for place, row in enumerate(rows)
         ]
-        return gather_object(local), rewards_RF
+        return gather_object(local), rewards_RF.cpu()
 
     def _fresh_rows(self, slots: list[Group], asked: list[Group], round_number: int) -> list[dict]:
         """This process's rows of the next round: whole instructions, in all modes, that this batch has not asked yet."""
@@ -555,7 +556,7 @@ class DapoGspoTrainer(GRPOTrainer):
         for each in rollouts:
             for name, value in each.extra.items():
                 self._pending_extra_logs[name].append(value)
-        self._chosen = rollouts, torch.cat([group.rewards_GF for group in slots])
+        self._chosen = rollouts, torch.cat([group.rewards_GF for group in slots]).to(self.accelerator.device)
         try:
             batch = super()._generate_and_score_completions([each.row for each in rollouts])
         finally:
