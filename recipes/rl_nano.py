@@ -23,7 +23,7 @@ from pathlib import Path
 import datasets
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from recipes import nano_think_fusion as nano
 from recipes.nano_problems import Problem, draw_problems, score
@@ -45,9 +45,9 @@ class Settings:
     start_steps: int = 400  # at most: the stage ends when the thinking mode is good enough to learn by trial
     start_accuracy: float = 0.5
     check_every: int = 20
-    rl_steps: int = 60
+    rl_steps: int = 50
     rl_problems: int = 4000
-    instructions: int = 8  # of a batch, each in both modes
+    instructions: int = 16  # of a batch, each in both modes; with 8 the gradient was mostly noise
     generations: int = 8
     learning_rate: float = 3e-4
     test_problems: int = 300
@@ -134,16 +134,13 @@ class StopAtTokens(TrainerCallback):
         control.should_training_stop |= self.tokens >= self.budget_tokens
 
 
-def reinforce(
-    folder: Path, start: Path, tokenizer, problems: Problems, settings: Settings, *, dynamic: bool, budget_tokens: float
-) -> dict:
-    """RL in both modes from `start`: `rl_steps` updates, or (a finite budget) until that many tokens are generated."""
-    rows = settings.instructions * 2 * settings.generations
-    config = DapoGspoConfig(
+def rl_config(folder: Path, settings: Settings, *, dynamic: bool, max_steps: int) -> DapoGspoConfig:
+    return DapoGspoConfig(
         str(folder),
         dynamic_sampling=dynamic,
-        max_steps=settings.rl_steps if budget_tokens == float("inf") else 100 * settings.rl_steps,
-        per_device_train_batch_size=rows,
+        max_steps=max_steps,
+        # One update a batch.
+        per_device_train_batch_size=settings.instructions * 2 * settings.generations,
         gradient_accumulation_steps=1,
         num_generations=settings.generations,
         max_completion_length=settings.max_new_tokens,
@@ -159,11 +156,26 @@ def reinforce(
         gradient_checkpointing=False,
         dataloader_pin_memory=False,
     )
-    counter = StopAtTokens(budget_tokens)
+
+
+def reinforce(
+    folder: Path,
+    start: Path,
+    tokenizer,
+    problems: Problems,
+    settings: Settings,
+    *,
+    dynamic: bool,
+    budget_tokens: float | None = None,
+) -> dict:
+    """RL in both modes from `start`: `rl_steps` updates, or as many as it takes to generate `budget_tokens`."""
+    counter = StopAtTokens(budget_tokens or float("inf"))
+    # Some updates generate less than others, none next to nothing.
+    most = settings.rl_steps if budget_tokens is None else 100 * settings.rl_steps
     trainer = DapoGspoTrainer(
         str(start),
         judge_reasoning_gym,
-        config,
+        rl_config(folder, settings, dynamic=dynamic, max_steps=most),
         Dataset.from_list(rl_rows(problems.rl)),
         processing_class=tokenizer,
         callbacks=[counter],
@@ -306,10 +318,8 @@ def run_seed(out: Path, settings: Settings) -> dict[str, dict]:
     nano.run_stage(out, "base", pretrain)
     results = {"start": nano.run_stage(out, "start", partial(fuse_a_little, base=out / "base", **shared))}
 
-    def cell(name: str, dynamic: bool, budget_tokens: float = float("inf")) -> None:
-        set_seed(settings.seed)
-        work = partial(reinforce, start=out / "start", **shared, dynamic=dynamic, budget_tokens=budget_tokens)
-        results[name] = nano.run_stage(out, name, work)
+    def cell(name: str, **differs) -> None:
+        results[name] = nano.run_stage(out, name, partial(reinforce, start=out / "start", **shared, **differs))
 
     cell("dynamic", dynamic=True)
     cell("same_updates", dynamic=False)

@@ -50,10 +50,13 @@ class DapoGspoConfig(GRPOConfig):
     """GRPOConfig with the defaults of DAPO (arXiv 2503.14476), GSPO (arXiv 2507.18071) and the A.X K1 report.
 
     Ratio and aggregation. `importance_sampling_level` is "sequence" [A.X K1 report: GSPO's ratio]. What the report leaves
-    open is how DAPO's token-level aggregation goes with it, and the two do not mean the same:
-      "sequence" with loss_type "grpo"  every sequence counts the same: GSPO's objective as published, and the default
-      "sequence" with loss_type "dapo"  every sequence counts by its length, as one value stands on all of its tokens; TRL
-                                        warns. Long thoughts then outweigh direct answers, which here share a batch
+    open is how DAPO's token-level aggregation goes with it, and it matters where long thoughts and short answers share a
+    batch:
+      "sequence" with loss_type "grpo"  every sequence counts the same, so a short answer's tokens count more than a long
+                                        thought's: GSPO's objective as published, and the default
+      "sequence" with loss_type "dapo"  every token counts the same, as its sequence's one value stands on each: DAPO's
+                                        framework with GSPO's ratio, word for word; TRL warns. With one update a batch
+                                        its gradient is that of "token" with "dapo"
       "token" with loss_type "dapo"     DAPO as published, and the default of "token"
     Clipping: left at None, epsilon and epsilon_high are 3e-4 and 4e-4 for "sequence" [GSPO 5.1], 0.2 and 0.28 for "token"
     [DAPO 4.1, clip-higher]. With one update a batch (the default, steps_per_generation = gradient_accumulation_steps) the

@@ -1,6 +1,7 @@
 """Does the RL recipe run end to end, compare what it says it compares, and keep its stages?"""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ if Version(trl.__version__) < Version("1.16"):
 
 from recipes import rl_nano as recipe
 from trainers.rewards import find_judge
-from trainers.rl import RlArguments, load_prompts
+from trainers.rl import RlArguments, load_prompts, parse
 
 TINY = recipe.Settings(
     threads=1, base_steps=2, start_steps=4, start_accuracy=0.0, check_every=2, rl_steps=2, rl_problems=8,
@@ -75,6 +76,16 @@ def test_the_command_reads_the_problems_that_the_recipe_writes(ran):
     for row in rows:
         answer = json.loads(row["entry"])["answer"]
         assert judge(answer, row) and not judge(answer + " x", row)
+
+
+def test_the_example_config_is_the_stage_with_dynamic_sampling(tmp_path):
+    yaml = Path(recipe.__file__).parent / "configs" / "rl_cpu.yaml"
+    _, theirs, _ = parse(["--config", str(yaml)])
+    ours = recipe.rl_config(tmp_path, recipe.Settings(), dynamic=True, max_steps=recipe.Settings.rl_steps)
+    # Where it is saved, and that it is.
+    own = {"output_dir", "logging_dir", "save_strategy", "save_steps", "save_total_limit"}
+    differ = {name for name, value in vars(ours).items() if name not in own and vars(theirs)[name] != value}
+    assert {name for name in differ if name not in ("distributed_state", "_n_gpu")} == set()
 
 
 def test_interval():

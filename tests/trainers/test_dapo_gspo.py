@@ -406,6 +406,15 @@ def test_dead_groups_are_no_part_of_the_loss(tokenizer, tmp_path, ratio):
     assert (log["thinking/all_right"], log["thinking/all_wrong"], log["thinking/accuracy"]) == (0.25, 0.25, 9 / 16)
 
 
+def test_on_policy_only_the_aggregation_matters(tokenizer, tmp_path):
+    """What the config's docstring says of the combinations, at one update a batch."""
+    token, sequence_dapo, sequence_grpo = (
+        weights(train(tokenizer, tmp_path, mixed, questions(8), **ratio)) for ratio in (RATIOS[1], RATIOS[2], RATIOS[0])
+    )
+    assert_same(token, sequence_dapo, rtol=0, atol=1e-6)
+    assert max((token[name] - sequence_grpo[name]).abs().max().item() for name in token) > 1e-3
+
+
 def test_masked_rows_are_masked_whole(tokenizer, tmp_path):
     """Not by their advantage alone: a KL term or an entropy bonus would still see them."""
     trainer = train(tokenizer, tmp_path, mixed, questions(4), max_steps=1)

@@ -113,7 +113,7 @@ def test_every_example_config_is_understood_whole(name, monkeypatch):
         [holder] = [each for each in (arguments, config, model) if hasattr(each, key)]
         assert getattr(holder, key) == value or [value] == getattr(holder, key), key
     instructions = config.generation_batch_size // (2 * config.num_generations)
-    assert instructions == {"rl_cpu": 8, "rl_gpu": 4, "rl_8gpu": 32}[name]
+    assert instructions == {"rl_cpu": 16, "rl_gpu": 4, "rl_8gpu": 32}[name]
     updates = config.steps_per_generation // config.gradient_accumulation_steps
     assert updates == (4 if name == "rl_8gpu" else 1)
     assert rl.find_judge(arguments.judge)
