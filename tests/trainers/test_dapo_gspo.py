@@ -553,6 +553,13 @@ def test_a_resumed_run_ends_bit_identical(tokenizer, tmp_path):
     assert without_times(resumed.state.log_history) == without_times(straight.state.log_history)
 
 
+def test_a_static_cache_samples_the_same(tokenizer, tmp_path):
+    growing = really(tokenizer, tmp_path, axk1(tokenizer), max_steps=1)
+    static = really(tokenizer, tmp_path, axk1(tokenizer), max_steps=1, cache_implementation="static")
+    assert static.generation_config.cache_implementation == "static"
+    assert_same(weights(static), weights(growing), rtol=0, atol=1e-6)
+
+
 def test_router_bias_is_frozen_while_the_router_learns(tokenizer, tmp_path):
     model = axk1(tokenizer)
     biases = [value for name, value in model.named_buffers() if name.endswith("e_score_correction_bias")]
