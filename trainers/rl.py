@@ -4,6 +4,7 @@ Under `accelerate launch` every process runs this; the files under recipes/accel
 """
 
 import json
+import logging
 import os
 import re
 import sys
@@ -12,12 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, load_dataset, load_from_disk
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trainers import report
 from trainers.dapo_gspo import COLUMNS, MODE_NAMES, DapoGspoConfig, DapoGspoTrainer, mode_table
 from trainers.rewards import JUDGES, find_judge
+
+logger = logging.getLogger(__name__)
 
 GYM = "reasoning-gym:"
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -137,11 +140,22 @@ def run_rl(settings: Sequence[str]) -> DapoGspoTrainer:
 
 
 def find_checkpoint(config: DapoGspoConfig) -> str | None:
-    """`resume_from_checkpoint`: a checkpoint's folder, or `latest` for the newest in `output_dir`, if there is one."""
-    if config.resume_from_checkpoint != "latest":
-        return config.resume_from_checkpoint
-    folder = Path(config.output_dir)
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """`resume_from_checkpoint`: a checkpoint's folder, or `latest` for the newest whole one in `output_dir`, if any.
+
+    A checkpoint whose saving was interrupted has no trainer_state.json, which is written last: by `latest` it is passed
+    over with a warning, by name it is a ValueError.
+    """
+    asked = config.resume_from_checkpoint
+    if asked is None:
+        return None
+    if asked != "latest":
+        if not (Path(asked) / TRAINER_STATE_NAME).is_file():
+            raise ValueError(f"{asked} has no {TRAINER_STATE_NAME}: no checkpoint, or half of one; try latest instead.")
+        return asked
+    folders = sorted(Path(config.output_dir).glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    while folders and not (folders[-1] / TRAINER_STATE_NAME).is_file():
+        logger.warning("%s has no %s: its saving was interrupted; passed over.", folders.pop(), TRAINER_STATE_NAME)
+    return str(folders[-1]) if folders else None
 
 
 def first_and_last(history: Sequence[dict]) -> str:

@@ -185,12 +185,18 @@ def test_a_setting_that_does_not_exist_is_refused(tmp_path, capsys):
         parse(["--dataset", "x", "--use_cpu", "true", "--bf16", "false", "--learning_rte", "1.0"])
 
 
-def test_latest_without_a_checkpoint_starts_anew(tmp_path):
+def test_latest_is_the_newest_whole_checkpoint(tmp_path, caplog):
     config = DapoGspoConfig(str(tmp_path / "new"), use_cpu=True, bf16=False, resume_from_checkpoint="latest")
-    assert find_checkpoint(config) is None
-    (tmp_path / "new" / "checkpoint-5").mkdir(parents=True)
-    (tmp_path / "new" / "checkpoint-10").mkdir()
+    assert find_checkpoint(config) is None, "nothing to resume: start anew"
+    for step in (5, 10, 15):
+        (tmp_path / "new" / f"checkpoint-{step}").mkdir(parents=True)
+    for step in (5, 10):
+        (tmp_path / "new" / f"checkpoint-{step}" / "trainer_state.json").touch()
     assert find_checkpoint(config) == str(tmp_path / "new" / "checkpoint-10")
+    assert "checkpoint-15 has no trainer_state.json: its saving was interrupted" in caplog.text
+    config.resume_from_checkpoint = str(tmp_path / "new" / "checkpoint-15")
+    with pytest.raises(ValueError, match="checkpoint-15 has no trainer_state.json"):
+        find_checkpoint(config)
 
 
 # -- two processes ------------------------------------------------------------------------------------------------------
