@@ -75,6 +75,8 @@ def correct_reward(judge: Judge, tokenizer, tokens: Tokens, *, on_error: str = "
                 rewards.append(-1.0)
                 continue
             row = row_of(columns, place) | {"thinking": mode}
+            # The whole output, thought included.
+            row.pop("completions", None)
             answer = tokenizer.decode(answer_ids, skip_special_tokens=True)
             rewards.append(_judged(judge, answer, row, place, on_error))
         return rewards

@@ -87,7 +87,8 @@ def test_tags_that_are_special_tokens_count_all_the_same(tokenizer):
 def test_the_judge_reads_its_own_row():
     rows = []
     columns = {"completion_ids": [[9, STOP]] * 2, "thinking": [False] * 2, "prompts": ["p", "q"], "answer": ["a", "b"]}
-    correct_reward(lambda answer, row: rows.append(row) or True, Ids(), TOKENS)(**columns, trainer_state=object())
+    judge = correct_reward(lambda answer, row: rows.append(row) or True, Ids(), TOKENS)
+    judge(**columns, completions=["with its thought"] * 2, trainer_state=object())
     assert rows == [{"prompt": p, "answer": a, "thinking": False} for p, a in zip("pq", "ab")]
 
 
