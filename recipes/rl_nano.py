@@ -1,6 +1,6 @@
 """What does reinforcement add to a model of two modes, and what does dynamic sampling? At nano scale, on a laptop CPU.
 
-    problems -> tokenizer -> base -> start: Think-Fusion SFT, stopped while half of the thinking answers are wrong
+    problems -> tokenizer -> base -> start: Think-Fusion SFT, stopped while most thinking answers are still wrong
     start -> dynamic       RL with dynamic sampling
           -> same_updates  RL without it, as many updates
           -> same_tokens   RL without it, as many generated tokens (hence more updates)
@@ -43,13 +43,13 @@ class Settings:
     threads: int = 2
     base_steps: int = 1000
     start_steps: int = 400  # at most: the stage ends when the thinking mode is good enough to learn by trial
-    start_accuracy: float = 0.5
+    start_accuracy: float = 0.35
     check_every: int = 20
     rl_steps: int = 50
     rl_problems: int = 4000
     instructions: int = 16  # of a batch, each in both modes; with 8 the gradient was mostly noise
     generations: int = 8
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     test_problems: int = 300
     max_new_tokens: int = 64
 
@@ -86,7 +86,7 @@ def draw_splits(settings: Settings) -> Problems:
     return Problems(**{name: [next(drawn) for _ in range(size)] for name, size in sizes.items()})
 
 
-class StopWhenHalfRight(TrainerCallback):
+class StopInTime(TrainerCallback):
     """End the SFT where RL has something to do: not all right yet, and often enough right to be rewarded."""
 
     def __init__(self, tokenizer, problems: list[Problem], settings: Settings):
@@ -106,7 +106,7 @@ def fuse_a_little(folder: Path, base: Path, tokenizer, problems: Problems, setti
     rows = build_mode_overlap(make_row(p.messages, p.answer, p.trace) for p in problems.fused)
     arguments = nano.training_arguments(folder, settings.sft(), settings.start_steps, learning_rate=1e-3)
     arguments |= {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": None}
-    stop = StopWhenHalfRight(tokenizer, problems.check, settings)
+    stop = StopInTime(tokenizer, problems.check, settings)
     trainer = ThinkFusionTrainer(
         str(base),
         ThinkFusionConfig(**arguments),
