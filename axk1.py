@@ -12,6 +12,7 @@ EXAMPLES = {
   axk1 serve runs/nano/fused --port 8000
   axk1 merge THINKING NONTHINKING MERGED --alpha 0.8
   axk1 sft --config recipes/configs/sft_cpu.yaml
+  axk1 rl --config recipes/configs/rl_cpu.yaml
   axk1 eval runs/nano/fused --tasks gsm8k_test.jsonl --modes think,no-think
   axk1 convert to-hf CHECKPOINT MODEL
   axk1 info k1
@@ -55,6 +56,18 @@ A flag overrides the YAML file's value. `axk1 sft --all-settings` lists them all
 
 A task is FILE.jsonl (question and answer a line), reasoning-gym:FAMILY, lm-eval:TASK or paper. An answer that is cut by
 the length limit or breaks its mode's format is wrong. Killed? Run the same command again: finished tasks are kept.""",
+    "rl": """examples:
+  axk1 rl --config recipes/configs/rl_cpu.yaml
+  axk1 rl --config recipes/configs/rl_cpu.yaml --max_steps 50 --resume_from_checkpoint latest
+  axk1 rl --model_name_or_path MODEL --dataset gsm8k.jsonl --prompt_column question --judge math --output_dir OUT
+  accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m axk1 rl --config recipes/configs/rl_8gpu.yaml
+
+Every prompt is asked in both modes; groups of answers that are all right or all wrong are replaced by others (DAPO).
+Settings are those of DapoGspoConfig (TRL's GRPOConfig and more), of TRL's ModelConfig (LoRA, dtype) and
+  --dataset       .jsonl, .json, .parquet or .csv file, dataset folder, Hub name, or reasoning-gym:FAMILY,FAMILY
+  --prompt_column the instruction: messages, or a text            --system_prompt, --plain_text: how a text is asked
+  --judge         math, text, reasoning-gym, or your own package.module:function(answer, row)
+A flag overrides the YAML file's value. `axk1 rl --all-settings` lists them all. --push_to_hub pushes at the end.""",
     "convert": """examples:
   axk1 convert inspect CHECKPOINT                      format, layout, parameters, what is missing
   axk1 convert to-hf CHECKPOINT MODEL --tokenizer DIR  Megatron (rank files or torch_dist) to safetensors
@@ -107,7 +120,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_serve(commands)
     _add_merge(commands)
-    _add_sft(commands)
+    _add_training(commands, "sft", sft, "fine-tune a model in both modes (Think-Fusion)")
+    _add_training(commands, "rl", rl, "train both modes by reinforcement (DAPO with GSPO's ratio)")
     _add_eval(commands)
     _add_convert(commands)
     _add_info(commands)
@@ -170,9 +184,9 @@ def _add_merge(commands) -> None:
     command.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of an output file (default 5)")
 
 
-def _add_sft(commands) -> None:
-    command = _add_command(commands, "sft", sft, "fine-tune a model in both modes (Think-Fusion)")
-    command.usage = "axk1 sft [--config FILE.yaml] [--SETTING VALUE ...]"
+def _add_training(commands, name: str, run, summary: str) -> None:
+    command = _add_command(commands, name, run, summary)
+    command.usage = f"axk1 {name} [--config FILE.yaml] [--SETTING VALUE ...]"
     # A setting that begins like one of ours must not be taken for it.
     command.allow_abbrev = False
     command.add_argument("--all-settings", action="store_true", help="list every setting")
@@ -312,6 +326,12 @@ def sft(settings: list[str], all_settings: bool) -> None:
     from trainers.sft import run_sft
 
     run_sft(["--help"] if all_settings else settings)
+
+
+def rl(settings: list[str], all_settings: bool) -> None:
+    from trainers.rl import run_rl
+
+    run_rl(["--help"] if all_settings else settings)
 
 
 def evaluate(**options) -> None:

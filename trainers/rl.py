@@ -1,0 +1,180 @@
+"""How is `axk1 rl` run? A YAML file and flags become settings; a model and prompts from paths or the Hub; train, save, push.
+
+Under `accelerate launch` every process runs this; the files under recipes/accelerate say how the model is spread.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, load_dataset, load_from_disk
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from trainers import report
+from trainers.dapo_gspo import COLUMNS, MODE_NAMES, DapoGspoConfig, DapoGspoTrainer, mode_table
+from trainers.rewards import JUDGES, find_judge
+
+logger = logging.getLogger(__name__)
+
+GYM = "reasoning-gym:"
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class RlArguments:
+    """What `axk1 rl` needs beside DapoGspoConfig and TRL's ModelConfig."""
+
+    dataset: str = field(
+        metadata={
+            "help": "A .jsonl, .json, .parquet or .csv file, a dataset folder, a Hub name, or reasoning-gym:FAMILY,FAMILY."
+        }
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset or folder."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, with eval_strategy."})
+    dataset_size: int = field(default=10_000, metadata={"help": "Problems to draw from reasoning-gym."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the instruction: messages, or a text."})
+    plain_text: bool = field(
+        default=False, metadata={"help": "Ask a text as it is, not as a user message in the chat template."}
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "A system message before every text."})
+    judge: str = field(
+        default="math", metadata={"help": f"{', '.join(JUDGES)}, or your own as package.module:function(answer, row)."}
+    )
+
+
+def parse(settings: Sequence[str]) -> tuple[RlArguments, DapoGspoConfig, ModelConfig]:
+    """Flags, and under `--config` a YAML file whose values they override. ValueError for a setting that does not exist."""
+    parser = TrlParser((RlArguments, DapoGspoConfig, ModelConfig), prog="axk1 rl")
+    arguments, config, model = parser.parse_args_and_config(list(settings))
+    if model.model_name_or_path is None:
+        raise ValueError("No model is named; give --model_name_or_path, a folder or a Hub name.")
+    targets = model.lora_target_modules
+    # TRL unwraps a list of one name, which PEFT then takes for a pattern of whole paths: it would match nothing.
+    if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
+        model.lora_target_modules = [targets]
+    return arguments, config, model
+
+
+def load_prompts(arguments: RlArguments, split: str) -> Dataset:
+    """The dataset with a column `prompt`, a text in it made a user message unless `plain_text`."""
+    name, path = arguments.dataset, Path(arguments.dataset)
+    if name.startswith(GYM):
+        dataset = draw_from_gym(name.removeprefix(GYM).split(","), arguments.dataset_size)
+    elif path.suffix in READERS:
+        if not path.is_file():
+            raise ValueError(f"dataset={name} is no file here; check the path.")
+        dataset = load_dataset(READERS[path.suffix], data_files=name, split="train")
+    elif (path / "state.json").is_file():
+        dataset = load_from_disk(name)
+    else:
+        dataset = load_dataset(name, arguments.dataset_config, split=split)
+    return _with_prompts(dataset, arguments)
+
+
+def _with_prompts(dataset: Dataset, arguments: RlArguments) -> Dataset:
+    column = arguments.prompt_column
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"The dataset has no column {column}, only {', '.join(dataset.column_names)}; name it with --prompt_column."
+        )
+    opening = [{"role": "system", "content": arguments.system_prompt}] if arguments.system_prompt else []
+
+    def ask(row: dict) -> dict:
+        prompt = row[column]
+        if isinstance(prompt, str) and not arguments.plain_text:
+            prompt = [*opening, {"role": "user", "content": prompt}]
+        return {"prompt": prompt}
+
+    return dataset.map(ask, remove_columns=[column], desc="Reading prompts")
+
+
+def draw_from_gym(families: Sequence[str], size: int) -> Dataset:
+    """`size` problems of reasoning-gym, the families taking turns; the item goes along for its verifier, as JSON."""
+    import reasoning_gym
+
+    sources = [reasoning_gym.create_dataset(family, seed=0, size=-(-size // len(families))) for family in families]
+    entries = [source[index] for index in range(len(sources[0])) for source in sources][:size]
+    return Dataset.from_list([{"prompt": each["question"], "entry": json.dumps(each)} for each in entries])
+
+
+def run_rl(settings: Sequence[str]) -> DapoGspoTrainer:
+    """Train by the settings; the model, its tokenizer and report.html end in `output_dir`."""
+    arguments, config, model = parse(settings)
+    # A judge of one's own lies where the command is given, which an installed script does not search.
+    sys.path.insert(0, os.getcwd())
+    judge = find_judge(arguments.judge)
+    config.model_init_kwargs = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+    } | (config.model_init_kwargs or {})
+    with config.main_process_first(desc="reading the prompts"):
+        prompts = load_prompts(arguments, arguments.dataset_split)
+        held_out = load_prompts(arguments, arguments.eval_split) if arguments.eval_split else None
+    trainer = DapoGspoTrainer(
+        model.model_name_or_path,
+        judge,
+        config,
+        prompts,
+        eval_dataset=held_out,
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+    trainer.train(resume_from_checkpoint=find_checkpoint(config))
+    trainer.save_model(config.output_dir)
+    if trainer.is_world_process_zero():
+        path = Path(config.output_dir) / "report.html"
+        write_report(path, trainer.state.log_history)
+        print(f"\n{first_and_last(trainer.state.log_history)}\n{config.output_dir}; {path}")
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=arguments.dataset)
+    trainer.accelerator.end_training()
+    return trainer
+
+
+def find_checkpoint(config: DapoGspoConfig) -> str | None:
+    """`resume_from_checkpoint`: a checkpoint's folder, or `latest` for the newest whole one in `output_dir`, if any.
+
+    A checkpoint whose saving was interrupted has no trainer_state.json, which is written last: by `latest` it is passed
+    over with a warning, by name it is a ValueError.
+    """
+    asked = config.resume_from_checkpoint
+    if asked is None:
+        return None
+    if asked != "latest":
+        if not (Path(asked) / TRAINER_STATE_NAME).is_file():
+            raise ValueError(f"{asked} has no {TRAINER_STATE_NAME}: no checkpoint, or half of one; try latest instead.")
+        return asked
+    folders = sorted(Path(config.output_dir).glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    while folders and not (folders[-1] / TRAINER_STATE_NAME).is_file():
+        logger.warning("%s has no %s: its saving was interrupted; passed over.", folders.pop(), TRAINER_STATE_NAME)
+    return str(folders[-1]) if folders else None
+
+
+def first_and_last(history: Sequence[dict]) -> str:
+    """The tables of the first and the last log: where the modes began and where they are."""
+    logs = [log for log in history if mode_table(log)]
+    return "\n".join(f"step {log['step']}\n{mode_table(log)}" for log in logs[:1] + logs[1:][-1:])
+
+
+def write_report(path: Path, history: Sequence[dict]) -> None:
+    """One chart a metric, a curve a mode, over the steps of a run."""
+    pieces = [report.paragraph("On the sampled answers of each step's prompts, all rounds of sampling included.")]
+    for name in COLUMNS:
+        series = {
+            mode.replace("_", "-"): [(log["step"], log[f"{mode}/{name}"]) for log in history if f"{mode}/{name}" in log]
+            for mode in MODE_NAMES.values()
+        }
+        shown = {mode: points for mode, points in series.items() if points}
+        if shown:
+            words = name.replace("_", " ")
+            unit = "tokens an answer" if name == "tokens" else "share"
+            pieces.append(report.line_chart(shown, caption=words, x_label="step", y_label=unit))
+    path.write_text(report.page("Reinforcement in both modes", pieces), encoding="utf-8")
