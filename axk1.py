@@ -5,7 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-DESCRIPTION = "A.X K1 for Transformers: talk to it, serve it, train, merge and judge its two modes, convert its weights."
+DESCRIPTION = (
+    "A.X K1 for Transformers: talk to it, serve it, train, merge and judge its two modes, convert its weights."
+)
 EXAMPLES = {
     None: """examples:
   axk1 chat runs/nano/fused --think
@@ -100,7 +102,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
-        print("axk1: " + " ".join(str(error).split()), file=sys.stderr)
+        # Names from a file may hold anything, also what steers a terminal.
+        said = "".join(character if character.isprintable() else " " for character in str(error))
+        print("axk1: " + " ".join(said.split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("axk1: interrupted", file=sys.stderr)
@@ -195,18 +199,26 @@ def _add_training(commands, name: str, run, summary: str) -> None:
 
 def _add_eval(commands) -> None:
     command = _add_command(commands, "eval", evaluate, "judge a model in both modes")
-    command.add_argument("model_path", metavar="MODEL", help="folder or Hub name of any causal LM with both control tokens")
+    command.add_argument(
+        "model_path", metavar="MODEL", help="folder or Hub name of any causal LM with both control tokens"
+    )
     command.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="what to judge by, see below")
     command.add_argument("--modes", default="think,no-think", help="default think,no-think")
     command.add_argument("--out", type=Path, default=Path("runs/eval"), metavar="DIR", help="default runs/eval")
     command.add_argument("--limit", type=int, metavar="N", help="problems a task (default: all, 100 of reasoning-gym)")
-    command.add_argument("--max-new-tokens", type=int, default=4096, metavar="N", help="thought and answer (default 4096)")
+    command.add_argument(
+        "--max-new-tokens", type=int, default=4096, metavar="N", help="thought and answer (default 4096)"
+    )
     command.add_argument("--batch-size", type=int, default=16, metavar="N", help="default 16")
-    command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy; the authors use 0.6")
+    command.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy; the authors use 0.6"
+    )
     command.add_argument("--top-p", type=float, default=0.95, metavar="P", help="default 0.95, with a temperature")
     command.add_argument("--seed", type=int, default=0, help="of sampling, and of reasoning-gym's problems (default 0)")
     command.add_argument("--include-path", metavar="DIR", help="folder with more lm-eval task files")
-    command.add_argument("--device-map", default="auto", help="where the weights go: auto, cpu, cuda, ... (default auto)")
+    command.add_argument(
+        "--device-map", default="auto", help="where the weights go: auto, cpu, cuda, ... (default auto)"
+    )
     command.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, ... (default auto)")
 
 
@@ -239,6 +251,12 @@ def _add_convert(commands) -> None:
     )
     command.add_argument("--vocab-divisor", type=int, metavar="N", help="make_vocab_size_divisible_by (default 128)")
     command.add_argument("--iteration", type=int, metavar="N", help="write iter_N (default: release)")
+    command.add_argument(
+        "--mtp-layer-name",
+        choices=["transformer_layer", "mtp_model_layer"],
+        default="transformer_layer",
+        help="of rank files; megatron-core 0.17 and later read mtp_model_layer (default transformer_layer)",
+    )
 
     command = _add_command(directions, "verify", convert_verify, "compare two checkpoints bit for bit", "convert")
     command.add_argument("a", metavar="A", type=Path, help="of any format")
@@ -353,14 +371,20 @@ def convert_to_hf(source: Path, target: Path, shard_gb: float, **options) -> Non
     from conversion import to_hf
 
     reading, running = _reading(options), _running(options)
-    _convert(to_hf(source, target, reading=reading, shard_bytes=int(shard_gb * 1e9), **options), **running)
+    _convert(to_hf(source, target, reading=reading, shard_bytes=_bytes(shard_gb), **options), **running)
 
 
 def convert_to_megatron(source: Path, target: Path, shard_gb: float, **options) -> None:
     from conversion import to_megatron
 
     reading, running = _reading(options), _running(options)
-    _convert(to_megatron(source, target, reading=reading, shard_bytes=int(shard_gb * 1e9), **options), **running)
+    _convert(to_megatron(source, target, reading=reading, shard_bytes=_bytes(shard_gb), **options), **running)
+
+
+def _bytes(gigabytes: float) -> int:
+    if not 0 < gigabytes < float("inf"):
+        raise ValueError(f"--shard-gb {gigabytes} is no size of a file; 5 is usual.")
+    return int(gigabytes * 1e9)
 
 
 def _running(options: dict) -> dict:

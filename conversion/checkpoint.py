@@ -1,6 +1,6 @@
 """How do a checkpoint's tensors come off the disk and get back onto it, a block at a time, whatever its size?
 
-A checkpoint is a mapping from tensor name to `StoredTensor`; nothing is read but headers until `read_elements` asks.
+A checkpoint is a mapping from tensor name to `StoredTensor`; opening one reads headers only.
 Output goes to the folder `OUT.partial`, with a journal beside it; one rename at the end makes it `OUT`.
 """
 
@@ -110,7 +110,7 @@ def read_header(path: Path) -> list[StoredTensor]:
             header = json.loads(file.read(header_bytes))
             header.pop("__metadata__", None)
             tensors = [_parse_entry(path, name, entry, 8 + header_bytes) for name, entry in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} has a corrupt safetensors header ({error}); fetch or save it again.") from error
     return _check_layout(path, tensors, 8 + header_bytes, file_bytes)
 
@@ -120,7 +120,7 @@ def _parse_entry(path: Path, name: str, entry: dict, data_start: int) -> StoredT
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"tensor {name} has the unknown dtype {entry['dtype']!r}")
     shape = tuple(entry["shape"])
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+    if len(shape) > 8 or not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"tensor {name} has a shape or an offset that is not a whole number")
     tensor = StoredTensor(name, DTYPES[entry["dtype"]], shape, path, data_start + begin)
     if end - begin != tensor.nbytes:
@@ -169,7 +169,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         filenames = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not a safetensors index ({error!r}); save the checkpoint again.") from error
     for filename in filenames:
         # A name with a folder in it could point anywhere on the disk: indexes are downloaded, hence untrusted.
@@ -308,6 +308,15 @@ def write_index(folder: Path, shards: list[Shard]) -> None:
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
+# The journal's last line.
+PUBLISHING = {"publishing": True}
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether something is there that a rename would not replace, or should not."""
+    return path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir())))
+
+
 class Job:
     """An output folder in the making, which a killed process can take up again.
 
@@ -317,7 +326,8 @@ class Job:
     """
 
     def __init__(self, out: str | Path, plan: Mapping):
-        self.out = Path(out)
+        # Absolute, so that "." has a name.
+        self.out = Path(os.path.abspath(out))
         self.folder = self.out.with_name(self.out.name + ".partial")
         self.journal = self.out.with_name(self.out.name + ".partial.jsonl")
         if not self.journal.exists():
@@ -333,7 +343,7 @@ class Job:
 
     def _check_free(self) -> None:
         for path in (self.out, self.folder):
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if _is_taken(path):
                 raise ValueError(f"{path} exists already; choose another name or remove it.")
 
     def _lock(self) -> None:
@@ -347,20 +357,29 @@ class Job:
         # A line without its end was being written when the process died: that part counts as not done.
         whole = [line for line in self._file.read().splitlines(keepends=True) if line.endswith(b"\n")]
         self._file.truncate(sum(map(len, whole)))
-        lines = [json.loads(line) for line in whole] or [plan]
-        if lines[0] != plan:
-            changed = sorted(key for key in plan.keys() | lines[0].keys() if plan.get(key) != lines[0].get(key))
+        try:
+            first, *parts = [json.loads(line) for line in whole] or [plan]
+            done = {line["part"]: line for line in parts if "part" in line}
+            changed = sorted(key for key in plan.keys() | first.keys() if plan.get(key) != first.get(key))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{self.journal} is no journal of ours ({error!r}); delete it and {self.folder.name}."
+            ) from error
+        if changed:
             raise ValueError(
                 f"{self.folder} was left by another job (its {listed(changed)} differ); "
                 f"finish that one, or delete the folder and {self.journal.name}."
             )
-        self.published = bool(whole) and self.out.exists() and not self.folder.exists()
+        # Said before the rename: a folder of that name that somebody else made is not the result.
+        self.published = PUBLISHING in parts and _is_taken(self.out) and not self.folder.exists()
         if not self.published:
+            if whole and _is_taken(self.out):
+                raise ValueError(f"{self.out} has appeared meanwhile; move it out of the way and run the same again.")
             self.folder.mkdir(exist_ok=True)
         if not whole:
             self._check_free()
             self._append(plan)
-        self.done = {line["part"]: line for line in lines[1:] if (self.folder / line["part"]).is_file()}
+        self.done = {name: line for name, line in done.items() if (self.folder / name).is_file()}
 
     def _append(self, line: Mapping) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")
@@ -368,7 +387,7 @@ class Job:
         os.fsync(self._file.fileno())
 
     def record(self, part: str, **facts) -> None:
-        """Note that the file `part` is on the disk, whole."""
+        """Note that the file `part` is written, whole."""
         self.done[part] = {"part": part, **facts}
         self._append(self.done[part])
 
@@ -377,6 +396,10 @@ class Job:
         if not self.published:
             for path in [*self.folder.rglob("*"), self.folder]:
                 _sync(path)
+            if _is_taken(self.out):
+                reason = "it has appeared meanwhile; move it out of the way and run the same again"
+                raise OSError(errno.EEXIST, reason, str(self.out))
+            self._append(PUBLISHING)
             self.folder.rename(self.out)
             _sync(self.out.parent)
         self.journal.unlink()
@@ -423,7 +446,7 @@ def write_files(job: Job, files: list[OutFile], *, workers: int, progress: bool,
 
         def write(file: OutFile) -> Mapping:
             path = job.folder / file.name
-            if file.name in job.done and sha256_of(path) == job.done[file.name]["sha256"]:
+            if file.name in job.done and sha256_of(path) == job.done[file.name].get("sha256"):
                 with lock:
                     bar.update(file.nbytes)
                 return job.done[file.name]
@@ -463,7 +486,8 @@ def sha256_of(path: Path) -> str:
 
 def identity(paths: Iterable[Path]) -> list[list]:
     """What stands for the content of source files in a job's plan: names, sizes and times."""
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(paths))]
+    facts = [(path, path.stat()) for path in sorted(set(paths))]
+    return [[f"{path.parent.name}/{path.name}", stat.st_size, stat.st_mtime_ns] for path, stat in facts]
 
 
 def _sync(path: Path) -> None:

@@ -97,6 +97,21 @@ REFUSED: dict[str, tuple[tuple, str]] = {
 }
 
 
+# All that decides which function the weights compute: what every rank file has to say alike.
+DESCRIBING = {
+    *FIELDS,
+    *(name for names in OTHER_NAMES.values() for name in names),
+    *ROPE_DEFAULTS,
+    *REQUIRED,
+    *REFUSED,
+    *("moe_layer_freq vocab_size padded_vocab_size moe_shared_expert_intermediate_size mtp_num_layers").split(),
+    *(
+        "moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor moe_router_enable_expert_bias"
+    ).split(),
+    "untie_embeddings_and_output_weights",
+}
+
+
 def argument(args: Mapping[str, Any], name: str, default: Any = None) -> Any:
     """An argument under its first name that is there and not None."""
     for each in (name, *OTHER_NAMES.get(name, ())):
@@ -135,7 +150,7 @@ def config_from_arguments(
     """
     check_arguments(args)
     fields = {field: _required(args, name) for name, field in FIELDS.items()}
-    fields["vocab_size"] = vocab_size or _true_vocabulary(args)
+    fields["vocab_size"] = _true_vocabulary(args, vocab_size)
     shared, expert = _required(args, "moe_shared_expert_intermediate_size"), fields["moe_intermediate_size"]
     if shared % expert:
         raise ValueError(
@@ -169,19 +184,30 @@ def _required(args: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _true_vocabulary(args: Mapping[str, Any]) -> int:
-    if args.get("vocab_size") is None:
+def _true_vocabulary(args: Mapping[str, Any], given: int | None) -> int:
+    """`given`, or the arguments' own; ValueError if padding it does not give the rows that the checkpoint has."""
+    said, padded = args.get("vocab_size"), args.get("padded_vocab_size")
+    if given is None and said is None:
         raise ValueError(
-            f"the checkpoint does not hold its true vocabulary, only padded_vocab_size={args.get('padded_vocab_size')}; "
+            f"the checkpoint does not hold its true vocabulary, only padded_vocab_size={padded}; "
             "give --vocab-size, --tokenizer or --config."
         )
-    if args.get("tokenizer_type") == "NullTokenizer" and args.get("padded_vocab_size") != args["vocab_size"]:
+    vocab = said if given is None else given
+    divisor = args.get("make_vocab_size_divisible_by")
+    if padded is not None and divisor is not None:
+        multiple = divisor * (args.get("tensor_model_parallel_size") or 1)
+        if vocab + -vocab % multiple != padded:
+            raise ValueError(
+                f"a vocabulary of {vocab} is padded to {vocab + -vocab % multiple} rows by multiples of {multiple}, the "
+                f"checkpoint has {padded}; give the true --vocab-size ({padded} keeps every row)."
+            )
+    if given is None and args.get("tokenizer_type") == "NullTokenizer" and padded != vocab:
         warnings.warn(
-            f"vocab_size={args['vocab_size']} of a NullTokenizer: some versions of Megatron-LM (0.16) trained one row more, for "
-            f"the end of a document, which is cut here; give --vocab-size {args['vocab_size'] + 1} to keep it.",
+            f"vocab_size={vocab} of a NullTokenizer: some versions of Megatron-LM (0.16) trained one row more, for "
+            f"the end of a document, which is cut here; give --vocab-size {vocab + 1} to keep it.",
             stacklevel=2,
         )
-    return args["vocab_size"]
+    return vocab
 
 
 def layer_types_said(args: Mapping[str, Any]) -> list[str] | None:
@@ -210,7 +236,7 @@ def _layer_list(text: str) -> int | list[int]:
             return value(node.left) + value(node.right)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             left, right = value(node.left), value(node.right)
-            if isinstance(left, list) and isinstance(right, int) and 0 <= right <= 4096:
+            if isinstance(left, list) and isinstance(right, int) and 0 <= len(left) * right <= 4096:
                 return left * right
         raise ValueError(f"moe_layer_freq={text!r} is neither a number nor a list of 0 and 1.")
 
@@ -310,6 +336,8 @@ def arguments_from_config(config: AxK1Config) -> dict[str, Any]:
 def check_config(config: AxK1Config) -> None:
     """ValueError for an A.X K1 that Megatron cannot run."""
     top_k, grouped = config.num_experts_per_tok, config.n_group > 1
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act={config.hidden_act!r} is not what Megatron's swiglu computes; only 'silu' is.")
     if config.attention_bias:
         raise ValueError("attention_bias=True has no place in Megatron's MLA; only models without it can be converted.")
     if not config.rope_interleave:

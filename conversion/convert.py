@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from conversion.checkpoint import (
+    INDEX_NAME,
     Job,
     OutFile,
     Shard,
@@ -37,7 +38,7 @@ from conversion.checkpoint import (
     write_index,
     write_shard,
 )
-from conversion.config_map import arguments_from_config
+from conversion.config_map import arguments_from_config, arguments_from_rope
 from conversion.megatron import TRACKER, all_post_norm_names, assemble, config_of, find_iteration, kind_of
 from conversion.megatron_dist import DistFiles, arguments_of_dist, open_dist
 from conversion.megatron_legacy import Layout, RankFiles, arguments_of_legacy, check_layout, open_legacy, stage_layers
@@ -47,6 +48,8 @@ from modeling_axk1.configuration_axk1 import AxK1Config
 from modeling_axk1.generation_axk1 import set_thinking_tokens
 
 MANIFEST = "manifest.json"
+# What lies beside the numbers and says what they are.
+DESCRIPTIONS = ("config.json", "generation_config.json", INDEX_NAME, ".metadata", "metadata.json", "common.pt")
 RUN_OPTIONS = ("workers", "verify", "check_nan", "progress")
 # Read to foretell a conversion's time.
 MEASURED_BYTES = 2**26
@@ -82,7 +85,9 @@ class Opened:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def files(self) -> list[Path]:
-        return sorted({tile.path for tensor in self.tensors.values() for tile in tensor.tiles if tile.path})
+        """Every file that says what the checkpoint is: those of its numbers and those that describe them."""
+        described = [self.folder / name for name in DESCRIPTIONS if (self.folder / name).is_file()]
+        return [*described, *{tile.path for tensor in self.tensors.values() for tile in tensor.tiles if tile.path}]
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,15 @@ class Reading:
     post_norm: str | None = None
     drop_fp8_state: bool = False
 
+    def __post_init__(self):
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size={self.vocab_size} is not a number of tokens; give the true one.")
+        for name in ("tokenizer", "config"):
+            folder = getattr(self, name)
+            # Transformers would take a name that is no folder for one on the Hub.
+            if folder is not None and not Path(folder).is_dir():
+                raise ValueError(f"{name}={folder} is not a folder; give one.")
+
 
 AS_STORED = Reading()
 
@@ -103,13 +117,36 @@ AS_STORED = Reading()
 def open_any(source: str | Path, reading: Reading = AS_STORED) -> Opened:
     """Open a Hugging Face folder, or a Megatron checkpoint of either format. ValueError says what is wrong with it."""
     source = Path(source)
-    return _open_hf(source) if (source / "config.json").exists() else _open_megatron(find_iteration(source), reading)
+    try:
+        return _open_hf(source) if is_hf(source) else _open_megatron(find_iteration(source), reading)
+    except OSError:
+        raise
+    except ValueError as error:
+        if str(source) in str(error) or str(error).startswith("--config"):
+            raise
+        raise ValueError(f"{source}: {error}") from error
+    except Exception as error:
+        # What is in a file from outside can be wrong in any way; here it is said in one sentence.
+        raise ValueError(
+            f"{source} holds what no known version writes ({error!r}); it is damaged or too new."
+        ) from error
+
+
+def is_hf(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def local_tokenizer(folder: Path):
+    """The tokenizer of a folder: no code of its own is run, nothing is fetched."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def _open_hf(folder: Path) -> Opened:
-    said = json.loads((folder / "config.json").read_text()).get("model_type")
-    if said not in ("axk1", "AXK1"):
-        raise ValueError(f"{folder} holds a model of type {said!r}; only axk1 is converted.")
+    said = json.loads((folder / "config.json").read_text())
+    if said.get("model_type") not in ("axk1", "AXK1"):
+        raise ValueError(f"{folder} holds a model of type {said.get('model_type')!r}; only axk1 is converted.")
+    if "quantization_config" in said:
+        raise ValueError(f"{folder} is quantised: Megatron has no place for packed weights; convert the bf16 ones.")
     config = AxK1Config.from_pretrained(folder)
     tensors = {name: stored(t.path, t.start, t.dtype, t.shape) for name, t in open_checkpoint(folder).items()}
     layers = config.num_hidden_layers
@@ -117,6 +154,10 @@ def _open_hf(folder: Path) -> Opened:
     config.num_nextn_predict_layers = sum(
         f"model.layers.{layers + i}.enorm.weight" in tensors for i in range(len(tensors))
     )
+    if max(config.num_hidden_layers, config.n_routed_experts) > len(tensors):
+        raise ValueError(
+            f"{folder} holds {len(tensors)} tensors, fewer than its config has layers or experts; it is incomplete."
+        )
     opened = Opened(folder, "hf", config, tensors, rows_of(config))
     if config.tie_word_embeddings and HEAD in tensors:
         opened.replicas.append((HEAD, tensors[EMBEDDING], tensors.pop(HEAD)))
@@ -160,7 +201,7 @@ def _vocabulary(args: Mapping[str, Any], reading: Reading, base: AxK1Config | No
     if base is not None:
         return base.vocab_size
     if args.get("vocab_size") is None and reading.tokenizer is not None:
-        return len(AutoTokenizer.from_pretrained(reading.tokenizer))
+        return len(local_tokenizer(reading.tokenizer))
     return None
 
 
@@ -175,7 +216,7 @@ def _check_same_model(config: AxK1Config, base: AxK1Config) -> None:
     differing = [
         f"{name} ({getattr(config, name)!r} and {getattr(base, name)!r})"
         for name in MODEL_FIELDS
-        if getattr(config, name) != getattr(base, name)
+        if _field(config, name) != _field(base, name)
     ]
     if differing:
         raise ValueError(f"--config describes another model than the checkpoint: {listed(differing)}.")
@@ -228,7 +269,7 @@ class Conversion:
 
     def plan(self, workers: int | None = None) -> Plan:
         """What would be written, the memory it takes, and the time that the source's first 64 MB promise."""
-        workers = default_workers() if workers is None else workers
+        workers = checked_workers(workers)
         tensors = self.opened.tensors.values()
         largest = max([BLOCK_BYTES, *(tensor.nbytes for tensor in tensors if is_transposed(tensor))])
         rate, nbytes = _measured_rate(self.opened), sum(file.nbytes for file in self.files)
@@ -245,12 +286,11 @@ class Conversion:
         bytes. ValueError says what cannot be converted; OSError if the disk is full: the source is untouched, the same call
         resumes.
         """
-        workers = default_workers() if workers is None else workers
-        if workers < 1:
-            raise ValueError(f"workers={workers} is not a number of threads; use 1 or more.")
+        workers = checked_workers(workers)
         if check_nan:
             find_nan(self.opened, workers, progress)
-        job = Job(self.target, self.decides | {"sources": identity(self.opened.files())})
+        sources = identity(self.opened.files())
+        job = Job(self.target, self.decides | {"sources": sources})
         write_s, verify_s = 0.0, None
         try:
             if not job.published:
@@ -264,6 +304,8 @@ class Conversion:
                     begun = time.perf_counter()
                     self._require_same(job.folder, workers, progress)
                     verify_s = time.perf_counter() - begun
+                if identity(self.opened.files()) != sources:
+                    raise ValueError(f"{self.opened.folder} has changed while it was converted; convert it again.")
             job.publish()
         except ValueError:
             # A source that cannot be converted, or a result that is wrong: what was written can never be taken up again.
@@ -292,16 +334,32 @@ class Conversion:
     def _require_same(self, folder: Path, workers: int, progress: bool) -> None:
         check_replicas(self.opened)
         written = open_any(folder)
-        differing = compare(self.opened.tensors, written.tensors, workers=workers, progress=progress)
+        differing = compare_models(self.opened, written, workers, progress)
         if differing:
             raise ValueError(
                 f"what was written to {folder} differs from {self.opened.folder}: {listed(differing)}; run it again."
             )
 
 
+def _decides(job: str, opened: Opened, shard_bytes: int) -> dict[str, Any]:
+    """With the source's files, all that decides a conversion's bytes."""
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes={shard_bytes} is not positive; 5 GB is {5 * 10**9}.")
+    tensors = [[name, str(tensor.dtype), tensor.shape] for name, tensor in opened.tensors.items()]
+    digest = hashlib.sha256(json.dumps(tensors).encode()).hexdigest()
+    config = json.loads(opened.config.to_json_string(use_diff=False))
+    return {"job": job, "shard_bytes": shard_bytes, "config": config, "tensors": digest}
+
+
 def default_workers() -> int:
     """Files written at a time: reading, hashing and writing one keeps a core busy, and a disk serves few at once."""
     return min(4, os.cpu_count() or 1)
+
+
+def checked_workers(workers: int | None) -> int:
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers} is not a number of threads; use 1 or more.")
+    return default_workers() if workers is None else workers
 
 
 def _measured_rate(opened: Opened) -> float:
@@ -348,12 +406,38 @@ def to_hf(
         for shard in shards
     ]
 
+    # Now, so that a tokenizer that cannot be read is known before hours of writing.
+    tokenizer_dir = reading.tokenizer or (opened.folder if opened.kind == "hf" else None)
+    generation_config = _generation_config(opened, reading.tokenizer)
+
     def companions(folder: Path, done: Mapping[str, Mapping]) -> None:
         write_index(folder, shards)
-        _write_config(folder, opened, reading.tokenizer)
+        config = opened.config
+        config.architectures = ["AXK1ForCausalLM"]
+        config.dtype = opened.tensors[EMBEDDING].dtype
+        config.save_pretrained(folder)
+        generation_config.save_pretrained(folder)
+        for pattern in TOKENIZER_FILES if tokenizer_dir else ():
+            for path in sorted(Path(tokenizer_dir).glob(pattern)):
+                if path.is_file():
+                    shutil.copyfile(path, folder / path.name)
 
-    decides = {"job": "to-hf", "shard_bytes": shard_bytes, "reading": repr(reading)}
-    return Conversion(opened, Path(target), files, decides, companions)
+    return Conversion(opened, Path(target), files, _decides("to-hf", opened, shard_bytes), companions)
+
+
+def _generation_config(opened: Opened, tokenizer_dir: Path | None) -> GenerationConfig:
+    """A Hugging Face source's own, else the config's; with the ids of the thinking tokens, where a tokenizer is given."""
+    if opened.kind == "hf" and (opened.folder / "generation_config.json").is_file():
+        generation_config = GenerationConfig.from_pretrained(opened.folder, local_files_only=True)
+    else:
+        generation_config = GenerationConfig.from_model_config(opened.config)
+    if tokenizer_dir is not None:
+        tokenizer = local_tokenizer(tokenizer_dir)
+        try:
+            set_thinking_tokens(generation_config, tokenizer)
+        except ValueError as error:
+            warnings.warn(f"The thinking ids are not written: {error}", stacklevel=2)
+    return generation_config
 
 
 def _hf_shards(opened: Opened, shard_bytes: int) -> list[Shard]:
@@ -368,23 +452,6 @@ def _write_hf_shard(path: Path, tick: Callable[[Tensor], None], *, shard: Shard,
             tick(block)
 
     return {"sha256": write_shard(path, shard, counted)}
-
-
-def _write_config(folder: Path, opened: Opened, tokenizer_dir: Path | None) -> None:
-    config = opened.config
-    config.architectures = ["AXK1ForCausalLM"]
-    config.dtype = opened.tensors[EMBEDDING].dtype
-    config.save_pretrained(folder)
-    generation_config = GenerationConfig.from_model_config(config)
-    if tokenizer_dir is not None:
-        for pattern in TOKENIZER_FILES:
-            for path in sorted(Path(tokenizer_dir).glob(pattern)):
-                shutil.copyfile(path, folder / path.name)
-        try:
-            set_thinking_tokens(generation_config, AutoTokenizer.from_pretrained(tokenizer_dir))
-        except ValueError as error:
-            warnings.warn(f"The thinking ids are not written: {error}", stacklevel=2)
-    generation_config.save_pretrained(folder)
 
 
 # -- to Megatron ------------------------------------------------------------------------------------------------------
@@ -403,6 +470,7 @@ def to_megatron(
     transformer_engine: bool | None = None,
     vocab_divisor: int | None = None,
     iteration: int | None = None,
+    mtp_layer_name: str = "transformer_layer",
     reading: Reading = AS_STORED,
     shard_bytes: int = 5 * 10**9,
 ) -> Conversion:
@@ -412,27 +480,30 @@ def to_megatron(
     pipeline stage. etp: tensor parallelism inside experts; tp if None, as in Megatron. transformer_engine: that spec's names,
     or the local spec's; None: a Megatron source's own, else local. vocab_divisor: Megatron's make_vocab_size_divisible_by,
     128 if neither given nor known. iteration: None writes a `release`, which Megatron loads without optimizer state.
+    mtp_layer_name: in rank files, "mtp_model_layer" from megatron-core 0.17 on.
     """
     if format not in ("legacy", "torch_dist"):
         raise ValueError(f"format={format!r} is unknown; use 'torch_dist' or 'legacy'.")
+    if (iteration or 0) < 0 or (vocab_divisor or 1) < 1:
+        raise ValueError(
+            f"iteration={iteration} and vocab_divisor={vocab_divisor} count something; use positive numbers."
+        )
     opened = open_any(source, reading)
-    layout = Layout(tp, pp, vpp or 1, ep, etp or tp)
+    layout = Layout(tp, pp, 1 if vpp is None else vpp, ep, tp if etp is None else etp)
     if format == "legacy":
         check_layout(layout, opened.config)
     if transformer_engine is None:
         transformer_engine = opened.args.get("transformer_impl") == "transformer_engine"
     divisor = vocab_divisor or opened.args.get("make_vocab_size_divisible_by") or 128
     tensors = _padded(opened, divisor * tp)
-    args = _arguments(opened, layout, format, transformer_engine, divisor, iteration)
-    args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers = (
-        first_stage_layers,
-        last_stage_layers,
-    )
+    uneven = (first_stage_layers, last_stage_layers)
+    args = _arguments(opened, layout, format, transformer_engine, divisor, iteration, uneven)
+    what = (opened.config, opened.rows, tensors, args, transformer_engine, iteration or 0)
     if format == "legacy":
-        chunks = stage_layers(opened.config.num_hidden_layers, layout, first_stage_layers, last_stage_layers)
-        model = RankFiles(opened.config, opened.rows, tensors, layout, chunks, args, transformer_engine, iteration or 0)
+        chunks = stage_layers(opened.config.num_hidden_layers, layout, *uneven)
+        model = RankFiles(*what, layout, chunks, mtp_layer_name)
     else:
-        model = DistFiles(opened.config, opened.rows, tensors, args, transformer_engine, iteration or 0, shard_bytes)
+        model = DistFiles(*what, shard_bytes)
     inner = "release" if iteration is None else f"iter_{iteration:07d}"
     files = [replace(file, name=f"{inner}/{file.name}") for file in model.files()]
 
@@ -441,7 +512,7 @@ def to_megatron(
             model.finish(folder / inner, {name.removeprefix(f"{inner}/"): facts for name, facts in done.items()})
         (folder / TRACKER).write_text("release" if iteration is None else str(iteration))
 
-    decides = {"job": "to-megatron", "shard_bytes": shard_bytes, "reading": repr(reading), "args": repr(args)}
+    decides = _decides("to-megatron", opened, shard_bytes) | {"arguments": repr(args), "mtp_layer_name": mtp_layer_name}
     return Conversion(opened, Path(target), files, decides, companions)
 
 
@@ -462,6 +533,7 @@ def _arguments(
     transformer_engine: bool,
     divisor: int,
     iteration: int | None,
+    uneven: tuple[int | None, int | None],
 ) -> Namespace:
     vocab, dtype = opened.config.vocab_size, opened.tensors[EMBEDDING].dtype
     return Namespace(
@@ -471,6 +543,8 @@ def _arguments(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        decoder_first_pipeline_num_layers=uneven[0],
+        decoder_last_pipeline_num_layers=uneven[1],
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         context_parallel_size=1,
@@ -503,7 +577,28 @@ def verify(
     left, right = open_any(a, reading), open_any(b, reading)
     for opened in (left, right):
         check_replicas(opened)
-    return compare(left.tensors, right.tensors, workers=workers or default_workers(), progress=progress)
+    return compare_models(left, right, checked_workers(workers), progress)
+
+
+def compare_models(a: Opened, b: Opened, workers: int, progress: bool) -> list[str]:
+    """One entry for each field of the configs, and each tensor, in which two models differ."""
+    fields = [
+        f"config.{name} ({ours!r} and {theirs!r})"
+        for name in MODEL_FIELDS
+        if (ours := _field(a.config, name)) != (theirs := _field(b.config, name))
+    ]
+    return [*fields, *compare(a.tensors, b.tensors, workers=workers, progress=progress)]
+
+
+def _field(config: AxK1Config, name: str) -> Any:
+    """A field by what it means: RoPE's parameters with their defaults, as Megatron says them."""
+    value = getattr(config, name)
+    if name == "rope_parameters":
+        try:
+            return arguments_from_rope(value)
+        except ValueError:
+            return dict(value)
+    return value
 
 
 def check_replicas(opened: Opened) -> None:
@@ -565,10 +660,8 @@ def _over(
 def inspect(source: str | Path, reading: Reading = AS_STORED) -> dict[str, Any]:
     """What a checkpoint is: format, version, layout, size, parts; under "problem", why it cannot be converted, if it cannot."""
     source = Path(source)
-    folder = source if (source / "config.json").exists() else find_iteration(source)
-    facts: dict[str, Any] = {"folder": str(folder)}
-    if folder is not source or not (source / "config.json").exists():
-        facts |= _megatron_facts(folder)
+    folder = source if is_hf(source) else find_iteration(source)
+    facts: dict[str, Any] = {"folder": str(folder)} | ({} if is_hf(source) else _megatron_facts(folder))
     try:
         opened = open_any(source, reading)
     except ValueError as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.checkpoint import listed
-from conversion.config_map import config_from_arguments
+from conversion.config_map import argument, config_from_arguments
 from conversion.ops import Mosaic, cat, cat_halves, covers, narrow
 from conversion.weight_map import COLUMNS, HALVES, POST_NORM, POST_NORM_NAMES, REPLICATED, VOCAB, Row, add_absent
 from modeling_axk1.configuration_axk1 import AxK1Config
@@ -45,11 +45,11 @@ def find_iteration(source: str | Path) -> Path:
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder; give one with {TRACKER}, or an iter_* or release folder.")
     tracker = source / TRACKER
-    if not tracker.exists():
+    if not tracker.is_file():
         if kind_of(source) is None:
             raise ValueError(f"{source} holds neither {TRACKER} nor a checkpoint of Megatron's; give one that does.")
         return source
-    said = tracker.read_text().strip()
+    said = tracker.read_bytes()[:100].decode(errors="replace").strip()
     name = f"iter_{int(said):07d}" if said.isascii() and said.isdigit() else said
     if not ITERATION.fullmatch(name):
         raise ValueError(f"{tracker} says {said!r}, which is neither an iteration nor 'release'; correct it.")
@@ -79,9 +79,10 @@ def layer_types_found(parts: Mapping[str, Any]) -> list[str]:
             layers[layer] = "sparse" if rest == "mlp.router.weight" else layers.get(layer, "dense")
     if not layers:
         raise ValueError("the checkpoint holds no decoder layers; is it a Megatron GPT model's?")
-    absent = [layer for layer in range(max(layers) + 1) if layer not in layers]
-    if absent:
-        raise ValueError(f"the checkpoint holds no tensor of the layers {absent}; some of its files are missing.")
+    if len(layers) != max(layers) + 1:
+        raise ValueError(
+            f"the checkpoint holds {len(layers)} layers, the last of them number {max(layers)}; files are missing."
+        )
     return [layers[layer] for layer in sorted(layers)]
 
 
@@ -92,6 +93,11 @@ def config_of(source: MegatronSource, vocab_size: int | None = None) -> AxK1Conf
         raise ValueError(
             f"{source.folder} holds {len(types)} layers, its arguments say num_layers={source.args['num_layers']}; "
             "some of its files are missing."
+        )
+    experts = argument(source.args, "num_experts", 0)
+    if "sparse" in types and (type(experts) is not int or experts > len(source.parts)):
+        raise ValueError(
+            f"{source.folder} says num_experts={experts!r} and holds {len(source.parts)} tensors; it is damaged."
         )
     sparse = [i for i, kind in enumerate(types) if kind == "sparse"]
     normed = [i for i in sparse if f"decoder.layers.{i}.{POST_NORM}" in source.parts]
@@ -111,22 +117,26 @@ def config_of(source: MegatronSource, vocab_size: int | None = None) -> AxK1Conf
 def assemble(source: MegatronSource, config: AxK1Config, rows: Sequence[Row]) -> tuple[dict[str, Mosaic], list[str]]:
     """Whole tensors by Megatron's names, and the names of those that were absent and are constants now.
 
-    ValueError if the parts of one do not make the tensor that the config describes, or do not cover it.
+    Copies of a tensor that several ranks hold whole join `source.replicas`. ValueError if the parts of one do not make the tensor
+    that the config describes, or do not cover it.
     """
     by_name = {row.megatron: row for row in rows}
-    whole = {name: join(by_name[name], parts) if name in by_name else parts[0] for name, parts in source.parts.items()}
-    for name, tensor in whole.items():
+    whole = {}
+    for name, parts in source.parts.items():
+        tensor, copies = join(by_name[name], parts) if name in by_name else (parts[0], parts[1:])
         if not covers(tensor):
             raise ValueError(
                 f"{source.folder}: the pieces of {name} do not cover its shape {list(tensor.shape)} exactly once; "
                 "a file is missing or belongs to another checkpoint."
             )
+        whole[name] = tensor
+        source.replicas += [(name, tensor, copy) for copy in copies]
     added = add_absent(config, rows, whole, lambda row: row.megatron)
     return whole, added
 
 
-def join(row: Row, parts: Sequence[Mosaic]) -> Mosaic:
-    """One tensor of its tensor-parallel shards. By shape first: what is whole already is replicated, whatever the spec."""
+def join(row: Row, parts: Sequence[Mosaic]) -> tuple[Mosaic, Sequence[Mosaic]]:
+    """One tensor of its tensor-parallel shards, and the copies of it. By shape: what each rank holds whole is replicated."""
     if row.split == VOCAB:
         tensor = cat(parts, 0)
         if tensor.shape[0] < row.shape[0] or tensor.shape[1:] != row.shape[1:]:
@@ -134,29 +144,25 @@ def join(row: Row, parts: Sequence[Mosaic]) -> Mosaic:
                 f"{row.megatron} is {list(tensor.shape)}, too small for a vocabulary of {row.shape[0]} at hidden size "
                 f"{row.shape[1]}; correct --vocab-size."
             )
-        return narrow(tensor, 0, 0, row.shape[0])
-    if parts[0].shape == row.shape or row.split == REPLICATED:
-        tensor = parts[0]
-    elif len(parts) == 1 or len({part.shape for part in parts}) > 1 or len(parts[0].shape) != len(row.shape):
-        tensor = parts[0]
-    elif row.split == HALVES:
-        tensor = cat_halves(parts)
-    else:
-        tensor = cat(parts, 1 if row.split == COLUMNS else 0)
-    if tensor.shape != row.shape:
-        shapes = [list(part.shape) for part in parts]
-        raise ValueError(
-            f"{row.megatron}: parts of shapes {shapes} do not make the {list(row.shape)} that the arguments describe; "
-            "a file belongs to another checkpoint, or the arguments are wrong."
-        )
-    return tensor
+        return narrow(tensor, 0, 0, row.shape[0]), ()
+    if all(part.shape == row.shape for part in parts):
+        return parts[0], parts[1:]
+    shapes = [list(part.shape) for part in parts]
+    if row.split != REPLICATED and len({part.shape for part in parts}) == 1 and len(shapes[0]) == len(row.shape):
+        tensor = cat_halves(parts) if row.split == HALVES else cat(parts, 1 if row.split == COLUMNS else 0)
+        if tensor.shape == row.shape:
+            return tensor, ()
+    raise ValueError(
+        f"{row.megatron}: parts of shapes {shapes} do not make the {list(row.shape)} that the arguments describe; "
+        "a file belongs to another checkpoint, or the arguments are wrong."
+    )
 
 
 def drop_state(name: str, numbers: int, place: Path, allowed: bool) -> None:
     """Transformer Engine's `_extra_state` is empty unless the model computes in FP8: then a warning is owed, and consent."""
     if numbers and not allowed:
         raise ValueError(
-            f"{place}: {name} holds {numbers} bytes of FP8 scaling state, which has no place in safetensors; the weights "
+            f"{place}: {name} holds {numbers} numbers of FP8 scaling state, which has no place in safetensors; the weights "
             "themselves are whole, give --drop-fp8-state to leave it behind."
         )
 

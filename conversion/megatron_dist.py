@@ -62,9 +62,14 @@ def open_dist(folder: Path, post_norm_names: tuple[str, ...], drop_fp8_state: bo
     names = [name for name in entries if name not in skipped]
     is_tensor = {name: hasattr(entries[name], "chunks") for name in names}
     for name in names:
-        if not is_tensor[name] and "_extra_state" in name:
-            numbers = numbers_in(open_torch_file(*_place(folder, name, places.get((name, None)))))
-            drop_state(name, numbers, folder, drop_fp8_state)
+        if is_tensor[name] or COMMON_STATE.fullmatch(name):
+            continue
+        if "_extra_state" not in name:
+            raise ValueError(
+                f"{folder} holds {name}, which is neither a tensor nor known state; nothing is left behind unsaid."
+            )
+        numbers = numbers_in(open_torch_file(*_place(folder, name, places.get((name, None)))))
+        drop_state(name, numbers, folder, drop_fp8_state)
     tensors = {name: read_tensor(folder, name, entries[name], places) for name in names if is_tensor[name]}
     source.facts["files"] = len({tile.path for tensor in tensors.values() for tile in tensor.tiles})
     for name, tensor in _unstacked(_joined_halves(tensors)):
@@ -78,17 +83,19 @@ def open_dist(folder: Path, post_norm_names: tuple[str, ...], drop_fp8_state: bo
 def read_metadata(folder: Path) -> tuple[dict[str, Inert], dict[tuple[str, tuple | None], Inert]]:
     """What is stored, by name, and where each piece of it lies, by (name, offsets)."""
     path = folder / ".metadata"
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"{path} is missing: the save did not finish, or the file was not fetched.")
     with path.open("rb") as file:
         metadata = unpickle(file, path)
     try:
-        # An attribute at its default is not in the pickle.
-        offsets = {index: getattr(index, "offset", None) for index in metadata.storage_data}
-        places = {
-            (index.fqn, None if offset is None else tuple(offset)): metadata.storage_data[index]
-            for index, offset in offsets.items()
-        }
+        places = {}
+        for index, info in metadata.storage_data.items():
+            # An attribute at its default is not in the pickle.
+            offset = getattr(index, "offset", None)
+            place = index.fqn, None if offset is None else tuple(offset)
+            if place in places:
+                raise ValueError(f"{path} places the chunk of {index.fqn} at {offset} twice; it is damaged.")
+            places[place] = info
         return dict(metadata.state_dict_metadata), places
     except (AttributeError, TypeError) as error:
         raise ValueError(f"{path} is no metadata of a distributed checkpoint ({error}).") from error
@@ -101,7 +108,7 @@ def arguments_of_dist(folder: Path) -> dict[str, Any]:
 
 def read_common(folder: Path, places: dict) -> dict[str, Any]:
     """The state besides tensors: a file of its own, since megatron-core 0.19 an object among the chunks."""
-    if (folder / "common.pt").exists():
+    if (folder / "common.pt").is_file():
         common, where = open_torch_file(folder / "common.pt"), folder / "common.pt"
     else:
         name = next((name for name, _ in places if COMMON_STATE.fullmatch(name)), None)
@@ -133,7 +140,11 @@ def read_tensor(folder: Path, name: str, entry: Inert, places: dict) -> Mosaic:
                 "that .metadata says; the file belongs to another checkpoint."
             )
         tiles += [replace(tile, origin=offsets) for tile in found.tiles]
-    return Mosaic(dtype, tuple(entry.size), tuple(tiles))
+    tensor = Mosaic(dtype, tuple(entry.size), tuple(tiles))
+    # Before it is cut into its layers and experts, as many as it says; that no two overlap is seen where the parts are joined.
+    if sum(tile.elements for tile in tiles) != tensor.elements:
+        raise ValueError(f"{folder}: the chunks of {name} do not cover its shape {list(entry.size)}; one is missing.")
+    return tensor
 
 
 def _place(folder: Path, name: str, info: Inert | None) -> tuple[Path, int, int]:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
-from conversion.checkpoint import HashedFile, OutFile, bytes_of
+from conversion.checkpoint import HashedFile, OutFile, bytes_of, listed
+from conversion.config_map import DESCRIBING
 from conversion.megatron import MegatronSource, drop_state, listed_ranks
 from conversion.ops import Mosaic, blocks, filled, narrow, reshape, swap, unstack
 from conversion.torch_file import Inert, numbers_in, open_torch_file, plain
@@ -47,6 +48,11 @@ class Layout:
     ep: int = 1
     etp: int = 1
 
+    def __post_init__(self):
+        for name, size in vars(self).items():
+            if type(size) is not int or not 1 <= size <= 65536:
+                raise ValueError(f"{name.upper()}={size!r} is not a number of ranks; use 1 or more.")
+
     @classmethod
     def of(cls, args: Mapping[str, Any]) -> "Layout":
         tp = args.get("tensor_model_parallel_size") or 1
@@ -71,21 +77,23 @@ class Layout:
 def open_legacy(folder: Path, post_norm_names: tuple[str, ...], drop_fp8_state: bool) -> MegatronSource:
     """Open all rank files of one iteration. ValueError names a missing or damaged one."""
     paths = rank_files(folder)
-    first = _first_file(folder)
+    files = {numbers: _rank_file(path) for numbers, path in paths.items()}
+    first, *others = files.values()
     args = plain(first["args"])
     layout = Layout.of(args)
-    ranks = {_rank(layout, numbers): path for numbers, path in paths.items()}
-    check_ranks(folder, layout, set(ranks))
+    for path, file in zip([*paths.values()][1:], others):
+        check_same_run(path, plain(file["args"]), file, args, first)
+    check_ranks(folder, layout, {_rank(layout, numbers) for numbers in files})
     source = MegatronSource(folder, "legacy", args)
     source.facts = {"checkpoint_version": first.get("checkpoint_version"), "iteration": first.get("iteration")}
     source.facts["files"] = len(paths)
     skipped = sorted(key for key in first if key in ("optimizer", "opt_param_scheduler", "rng_state"))
     source.facts["skipped"] = [*skipped, *sorted({path.name for path in folder.glob("mp_rank_*/distrib_optim.pt")})]
-    files = {rank: open_torch_file(path) for rank, path in ranks.items()}
+    ranks = {_rank(layout, numbers): (file, paths[numbers]) for numbers, file in files.items()}
     offset = 0
     for v in range(layout.vpp):
         for p in range(layout.pp):
-            stage = {(tp, ep): _chunk(files[tp, p, ep], ranks[tp, p, ep], v, layout) for tp, pp, ep in files if pp == p}
+            stage = {(tp, ep): _chunk(*ranks[tp, p, ep], v, layout) for tp, pp, ep in ranks if pp == p}
             offset += _add_chunk(source, layout, stage, offset, post_norm_names, drop_fp8_state)
     if not args.get("untie_embeddings_and_output_weights", True) and HEAD in source.parts:
         # Tied weights: the last pipeline stage keeps a copy of the embedding under this name.
@@ -96,11 +104,27 @@ def open_legacy(folder: Path, post_norm_names: tuple[str, ...], drop_fp8_state: 
 
 def arguments_of_legacy(folder: Path) -> dict[str, Any]:
     """The arguments alone, from the first rank file."""
-    return plain(_first_file(folder)["args"])
+    return plain(_rank_file(next(iter(rank_files(folder).values())))["args"])
 
 
-def _first_file(folder: Path) -> dict[str, Any]:
-    path = next(iter(rank_files(folder).values()))
+def check_same_run(path: Path, args: Mapping, file: Mapping, first_args: Mapping, first: Mapping) -> None:
+    """ValueError if a rank file is of another iteration, model or layout than the first one."""
+    facts = {
+        "iteration": file.get("iteration"),
+        "layout": Layout.of(args),
+        **{name: args.get(name) for name in DESCRIBING},
+    }
+    truth = {
+        "iteration": first.get("iteration"),
+        "layout": Layout.of(first_args),
+        **{name: first_args.get(name) for name in DESCRIBING},
+    }
+    differing = [f"{name} ({facts[name]} and {truth[name]})" for name in facts if facts[name] != truth[name]]
+    if differing:
+        raise ValueError(f"{path} is of another checkpoint than the other rank files: {listed(differing)}.")
+
+
+def _rank_file(path: Path) -> dict[str, Any]:
     file = open_torch_file(path)
     if not isinstance(file, dict) or not isinstance(file.get("args"), Inert):
         raise ValueError(f"{path} holds no Megatron arguments; it is not a model checkpoint of Megatron-LM.")
@@ -116,10 +140,15 @@ def rank_files(folder: Path) -> dict[tuple[int, ...], Path]:
             raise ValueError(
                 f"{path} is not named mp_rank_TT[_PPP][_EEE]; move what is not a rank file out of the way."
             )
-        file = next((path / name for name in FILENAMES if (path / name).exists()), None)
+        file = next((path / name for name in FILENAMES if (path / name).is_file()), None)
         if file is None:
             raise ValueError(f"{path} holds no {FILENAMES[0]}; the rank file is missing, fetch it.")
-        found[tuple(int(n) for n in numbers.groups() if n is not None)] = file
+        rank = tuple(int(n) for n in numbers.groups() if n is not None)
+        if rank in found:
+            raise ValueError(
+                f"{path} and {found[rank].parent} are the same rank; remove the one that does not belong here."
+            )
+        found[rank] = file
     return found
 
 
@@ -132,11 +161,19 @@ def _rank(layout: Layout, numbers: tuple[int, ...]) -> tuple[int, int, int]:
             "the folder mixes two checkpoints."
         )
     tp, *rest = numbers
-    return tp, (rest.pop(0) if layout.pp > 1 else 0), (rest.pop(0) if layout.ep > 1 else 0)
+    rank = tp, (rest.pop(0) if layout.pp > 1 else 0), (rest.pop(0) if layout.ep > 1 else 0)
+    if any(number >= size for number, size in zip(rank, (layout.tp, layout.pp, layout.ep))):
+        raise ValueError(
+            f"{listed_ranks([numbers])} is no rank of TP={layout.tp} PP={layout.pp} EP={layout.ep}, which the arguments say; "
+            "remove what does not belong here."
+        )
+    return rank
 
 
 def check_ranks(folder: Path, layout: Layout, present: set[tuple[int, int, int]]) -> None:
     """ValueError unless every attention shard and every expert shard of every stage is there."""
+    if layout.pp * max(layout.tp, layout.ep * layout.etp) > 1000 * len(present):
+        raise ValueError(f"{folder} holds {len(present)} rank files, the arguments say {layout}; most are missing.")
     missing = []
     for p in range(layout.pp):
         here = {(tp, ep) for tp, pp, ep in present if pp == p}
@@ -146,7 +183,7 @@ def check_ranks(folder: Path, layout: Layout, present: set[tuple[int, int, int]]
                 missing.append(layout.folder(tp, p, ep))
     if missing:
         raise ValueError(
-            f"{folder} lacks the rank files {', '.join(dict.fromkeys(missing))} of TP={layout.tp} PP={layout.pp} "
+            f"{folder} lacks the rank files {listed(dict.fromkeys(missing))} of TP={layout.tp} PP={layout.pp} "
             f"EP={layout.ep} ETP={layout.etp}; fetch them, or save again as torch_dist or with ETP=TP (Megatron-LM issue "
             "4200: some versions do not write them)."
         )
@@ -292,11 +329,13 @@ class RankFiles:
     config: AxK1Config
     rows: list[Row]
     tensors: dict[str, Mosaic]  # whole, by Megatron's names, the vocabulary padded
-    layout: Layout
-    chunks: list[list[range]]
     args: Namespace
     transformer_engine: bool
     iteration: int
+    layout: Layout
+    chunks: list[list[range]]
+    # From megatron-core 0.17 on a rank file says mtp_model_layer; torch_dist never does.
+    mtp_layer_name: str = "transformer_layer"
 
     def files(self) -> list[OutFile]:
         shards = {row.megatron: self._shards(row) for row in self.rows}
@@ -339,13 +378,14 @@ class RankFiles:
                     f"{found[1]}{layer - layers.start}{found[3]}",
                     self.config.mlp_layer_types[layer] == "dense",
                 )
-            elif not is_last and name != EMBEDDING or name == EMBEDDING and not (is_first or has_copy):
+            elif not (is_first or has_copy if name == EMBEDDING else is_last):
                 continue
             if expert := IN_EXPERTS.fullmatch(name):
                 if int(expert[2]) // local != ep:
                     continue
                 name = f"{expert[1]}local_experts.{int(expert[2]) % local}{expert[3]}"
-            held[te_name(name, dense) if self.transformer_engine else name] = parts[tp % len(parts)]
+            name = te_name(name, dense) if self.transformer_engine else name
+            held[name.replace(".transformer_layer.", f".{self.mtp_layer_name}.")] = parts[tp % len(parts)]
         if has_copy and self.config.tie_word_embeddings:
             held[HEAD] = held[EMBEDDING]
             if not self.config.num_nextn_predict_layers:
@@ -360,7 +400,10 @@ class RankFiles:
 def write_rank_file(
     path: Path, tick: Callable[[Tensor], None], *, models: dict[str, dict[str, Mosaic | None]], head: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write one rank file with torch.save, without its numbers; then fill those in, block by block, and hash the whole."""
+    """Write one rank file with torch.save, without its numbers; then fill those in, block by block, and hash the whole.
+
+    The archive's CRCs stay those of the empty records: torch does not read them, `unzip -t` complains.
+    """
     with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
         hollow = {
             key: OrderedDict(

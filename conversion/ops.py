@@ -99,7 +99,8 @@ def narrow(tensor: Mosaic, dim: int, start: int, length: int) -> Mosaic:
 
 def split(tensor: Mosaic, dim: int, parts: int) -> list[Mosaic]:
     """Equal parts along one dimension."""
-    assert tensor.shape[dim] % parts == 0, (tensor.shape, dim, parts)
+    if tensor.shape[dim] % parts:
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} does not split into {parts} along dimension {dim}.")
     size = tensor.shape[dim] // parts
     return [narrow(tensor, dim, i * size, size) for i in range(parts)]
 
@@ -107,8 +108,9 @@ def split(tensor: Mosaic, dim: int, parts: int) -> list[Mosaic]:
 def cat(parts: Sequence[Mosaic], dim: int) -> Mosaic:
     tiles, offset = [], 0
     for part in parts:
-        assert part.dtype == parts[0].dtype, [part.dtype for part in parts]
-        assert _at(part.shape, dim, 0) == _at(parts[0].shape, dim, 0), [part.shape for part in parts]
+        if part.dtype != parts[0].dtype or _at(part.shape, dim, 0) != _at(parts[0].shape, dim, 0):
+            shown = [f"{str(each.dtype).removeprefix('torch.')} {list(each.shape)}" for each in parts]
+            raise ValueError(f"parts of one tensor do not fit each other: {', '.join(shown[:8])}.")
         tiles += [replace(tile, origin=_at(tile.origin, dim, tile.origin[dim] + offset)) for tile in part.tiles]
         offset += part.shape[dim]
     return Mosaic(parts[0].dtype, _at(parts[0].shape, dim, offset), tuple(tiles))
@@ -163,13 +165,15 @@ def swap(tensor: Mosaic) -> Mosaic:
 def reshape(tensor: Mosaic, shape: Sequence[int]) -> Mosaic:
     """The same numbers in the same order under another shape; of one contiguous view only."""
     (tile,) = tensor.tiles
-    assert tile.strides == row_major(tile.shape) and math.prod(shape) == tensor.elements, (tensor, shape)
+    if tile.strides != row_major(tile.shape) or math.prod(shape) != tensor.elements:
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} cannot be viewed as {list(shape)}.")
     return stored(tile.path, tile.start, tensor.dtype, shape)
 
 
 def covers(tensor: Mosaic) -> bool:
     """Whether the boxes fill the tensor, each place once. Squared in the number of boxes: for tensors of few."""
-    inside = all(o >= 0 and o + n <= s for t in tensor.tiles for o, n, s in zip(t.origin, t.shape, tensor.shape))
+    boxes = [zip(tile.origin, tile.shape, tensor.shape, strict=True) for tile in tensor.tiles]
+    inside = all(o >= 0 and o + n <= s for box in boxes for o, n, s in box)
     apart = all(_disjoint(a, b) for a, b in combinations(tensor.tiles, 2))
     return inside and apart and sum(tile.elements for tile in tensor.tiles) == tensor.elements
 

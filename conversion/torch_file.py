@@ -1,22 +1,28 @@
 """What is in a file that torch.save or pickle wrote, when nothing in it may run?
 
-Unpickling calls what the file names. Here every name is on a list or refused, and what is on the list is a stand-in that does
-nothing: Megatron's classes become `Inert` records, tensors become `Mosaic`s, whose numbers stay on the disk.
+Unpickling calls what the file names. Here a name is on a list, or of a package on a list, or refused; and whatever is not refused
+is a stand-in that does nothing: classes become `Inert` records, tensors `Mosaic`s, whose numbers stay on the disk.
 """
 
 import io
+import math
 import os
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from conversion.ops import Mosaic, stored
 
+# No checkpoint's tensor has more, nor any rank file a larger pickle (a whole K1 in one file: 20 MB): more is an attack.
+MAX_DIMENSIONS = 8
+MAX_PICKLE_BYTES = 2**28
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -76,6 +82,14 @@ PLAIN = {
 }
 
 
+class Record(NamedTuple):
+    """Where an archive's record lies in the file, and the CRC-32 that the archive says it has."""
+
+    start: int
+    size: int
+    crc: int
+
+
 class Inert:
     """A stand-in for an object of a class that is never imported: keeps its arguments, attributes and items, does nothing."""
 
@@ -116,11 +130,35 @@ class InertDict(dict):
     def __init__(self, *args):
         super().__init__()
 
+    @staticmethod
+    def __setstate__(state):
+        # Of an instance or of the class itself, which a pickle could otherwise change for everyone.
+        raise ValueError("a defaultdict has no state")
 
-class InertUnpickler(pickle.Unpickler):
+
+class Rebuilder:
+    """One of torch's functions that rebuild a tensor. No function of ours: a pickle may set attributes of what it names."""
+
+    __slots__ = ("rebuild",)
+
+    def __init__(self, rebuild: Callable[..., Mosaic]):
+        object.__setattr__(self, "rebuild", rebuild)
+
+    def __call__(self, *args) -> Mosaic:
+        return self.rebuild(*args)
+
+    def __setattr__(self, name, value):
+        raise ValueError("a function has no state")
+
+    def __setstate__(self, state):
+        raise ValueError("a function has no state")
+
+
+# The machine in Python: the one in C reserves memory for whatever number a pickle gives to its memo.
+class InertUnpickler(pickle._Unpickler):
     """Builds plain values, `Inert` records and `Mosaic`s; ValueError names whatever else the pickle asks for."""
 
-    def __init__(self, file, path: Path, storages: dict[str, tuple[int, int]]):
+    def __init__(self, file, path: Path, storages: dict[str, Record]):
         super().__init__(file)
         self.path, self.storages = path, storages
 
@@ -149,7 +187,7 @@ class InertUnpickler(pickle.Unpickler):
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], torch.dtype)):
             raise ValueError(f"{self.path} refers to {pid!r}, which is not a torch storage; do not trust this file.")
         _, dtype, key, _, elements = pid
-        start, size = self.storages.get(key, (0, -1))
+        start, size, _ = self.storages.get(key, (0, -1, 0))
         if type(elements) is not int or elements < 0 or elements * dtype.itemsize != size:
             raise ValueError(
                 f"{self.path}: storage {key!r} should hold {elements} numbers of {dtype} but has {size} bytes; "
@@ -162,8 +200,15 @@ def _rebuild_tensor(storage: Mosaic, offset: int, shape, strides, *_, dtype: tor
     """A tensor as a view of its storage, with the checks that torch makes in C++."""
     dtype = storage.dtype if dtype is None else dtype
     numbers = (offset, *shape, *strides)
-    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(strides):
-        raise ValueError(f"{storage.tiles[0].path}: a tensor has the sizes {numbers}; the file is damaged.")
+    wrong = (
+        any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS
+    )
+    # A tensor of more numbers than its storage repeats some: no weight does, and its size may be anything.
+    if wrong or math.prod(shape) * dtype.itemsize > storage.nbytes:
+        raise ValueError(
+            f"{storage.tiles[0].path}: a tensor of {storage.nbytes} bytes has the offset, sizes and strides {numbers[:17]}; "
+            "the file is damaged."
+        )
     start = storage.tiles[0].start + offset * dtype.itemsize
     tensor = stored(storage.tiles[0].path, start, dtype, shape, strides)
     if (offset + tensor.tiles[0].span) * dtype.itemsize > storage.nbytes:
@@ -183,18 +228,18 @@ def _first(data, *_):
 
 def _rebuild_from_type(rebuild, kind, args, state, *_) -> Mosaic:
     """A tensor with attributes, as optimizers keep; only torch's own ways to rebuild one are gone."""
-    if rebuild not in REBUILDERS.values():
+    if not isinstance(rebuild, Rebuilder):
         raise ValueError(f"a tensor is to be rebuilt by {rebuild!r}")
     return rebuild(*args)
 
 
 REBUILDERS = {
-    "torch._utils._rebuild_tensor": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
-    "torch._utils._rebuild_parameter": _first,
-    "torch._utils._rebuild_parameter_with_state": _first,
-    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
+    "torch._utils._rebuild_tensor": Rebuilder(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v2": Rebuilder(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v3": Rebuilder(_rebuild_tensor_v3),
+    "torch._utils._rebuild_parameter": Rebuilder(_first),
+    "torch._utils._rebuild_parameter_with_state": Rebuilder(_first),
+    "torch._tensor._rebuild_from_type_v2": Rebuilder(_rebuild_from_type),
 }
 
 
@@ -225,10 +270,10 @@ class _Window(io.RawIOBase):
         return count
 
 
-def storage_places(file, start: int, stop: int) -> tuple[str, dict[str, tuple[int, int]]]:
-    """Where the records of a torch zip archive begin: the name of its root folder, and {record: (byte, size)}."""
+def records_of(file, start: int, stop: int) -> dict[str, Record]:
+    """The records of a torch zip archive, by their names without the root folder. ValueError for what torch never writes."""
     archive = zipfile.ZipFile(io.BufferedReader(_Window(file, start, stop)))
-    places = {}
+    places: dict[str, Record] = {}
     for entry in archive.infolist():
         if entry.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"its record {entry.filename} is compressed")
@@ -240,9 +285,11 @@ def storage_places(file, start: int, stop: int) -> tuple[str, dict[str, tuple[in
         begin = start + entry.header_offset + 30 + name_bytes + extra_bytes
         if begin + entry.file_size > stop:
             raise ValueError(f"its record {entry.filename} reaches past the end")
-        root, _, record = entry.filename.partition("/")
-        places[record] = (begin, entry.file_size)
-    return root, places
+        record = entry.filename.partition("/")[2]
+        if record in places:
+            raise ValueError(f"it holds the record {record} twice")
+        places[record] = Record(begin, entry.file_size, entry.CRC)
+    return places
 
 
 def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> Any:
@@ -256,20 +303,30 @@ def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
         if not 0 <= start <= stop <= size:
             raise ValueError(f"{path} has {size:,} bytes, {stop:,} are needed; it is truncated, fetch it again.")
         try:
-            _, places = storage_places(file, start, stop)
-            begin, count = places["data.pkl"]
-            if "byteorder" in places:
-                file.seek(places["byteorder"][0])
-                if file.read(places["byteorder"][1]) != b"little":
+            records = records_of(file, start, stop)
+            content = _read_pickle(file, records["data.pkl"])
+            if "byteorder" in records:
+                file.seek(records["byteorder"].start)
+                if file.read(records["byteorder"].size) != b"little":
                     raise ValueError("its numbers are big-endian")
-        except (zipfile.BadZipFile, KeyError, ValueError, OSError, struct.error) as error:
+        except (zipfile.BadZipFile, KeyError, ValueError, OSError, NotImplementedError, struct.error) as error:
             raise ValueError(f"{path} is not a whole file of torch.save ({error}); fetch or save it again.") from error
-        file.seek(begin)
-        storages = {name.removeprefix("data/"): place for name, place in places.items() if name.startswith("data/")}
-        return unpickle(io.BytesIO(file.read(count)), path, storages)
+    storages = {name.removeprefix("data/"): record for name, record in records.items() if name.startswith("data/")}
+    return unpickle(io.BytesIO(content), path, storages)
 
 
-def unpickle(file, path: Path, storages: dict[str, tuple[int, int]] | None = None) -> Any:
+def _read_pickle(file, record: Record) -> bytes:
+    if record.size > MAX_PICKLE_BYTES:
+        raise ValueError(f"its pickle has {record.size:,} bytes")
+    file.seek(record.start)
+    content = file.read(record.size)
+    # 0 where torch was told to leave it out. A single wrong bit in a key would be another model.
+    if record.crc and zlib.crc32(content) != record.crc:
+        raise ValueError("its pickle is damaged: another CRC than the archive says")
+    return content
+
+
+def unpickle(file, path: Path, storages: dict[str, Record] | None = None) -> Any:
     """One pickle, inertly. ValueError for whatever is not a sound pickle of allowed names."""
     try:
         return InertUnpickler(file, path, storages or {}).load()
@@ -283,23 +340,44 @@ def unpickle(file, path: Path, storages: dict[str, tuple[int, int]] | None = Non
         raise ValueError(f"{path} holds a damaged pickle ({error!r}); fetch or save it again.") from error
 
 
-def plain(value: Any) -> Any:
-    """Namespaces as dicts, members of enums as their names or values, the rest as it is: what JSON or a comparison can hold."""
+def plain(value: Any, depth: int = 6) -> Any:
+    """Namespaces as dicts, members of enums as their names or values, the rest as it is; what lies deeper than `depth` is None.
+
+    A list that holds itself, or one list twice at each of many levels, would otherwise never end.
+    """
+    if depth == 0:
+        return None
     if isinstance(value, Inert):
         if value.kind in ("argparse.Namespace", "types.SimpleNamespace"):
-            return {name: plain(entry) for name, entry in getattr(value, "state", {}).items()}
+            state = getattr(value, "state", None)
+            return {name: plain(entry, depth - 1) for name, entry in (state if isinstance(state, dict) else {}).items()}
         if value.kind == "builtins.getattr" and len(value.args) == 2:
-            return plain(value.args[1])
-        return plain(value.args[0]) if len(value.args) == 1 else repr(value)
+            return plain(value.args[1], depth - 1)
+        return plain(value.args[0], depth - 1) if len(value.args) == 1 else value.kind
     if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
+        return {key: plain(entry, depth - 1) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(plain(entry) for entry in value)
+        return type(value)(plain(entry, depth - 1) for entry in value)
     return value
 
 
-def numbers_in(value: Any) -> int:
-    """How many numbers the tensors of an unpickled object hold, in lists and tuples too."""
+def numbers_in(value: Any, depth: int = 6) -> int:
+    """How many numbers the tensors of an unpickled object hold: in lists, tuples and dicts, and in files saved inside it."""
     if isinstance(value, Mosaic):
         return value.elements
-    return sum(map(numbers_in, value)) if isinstance(value, list | tuple) else 0
+    if depth == 0:
+        return 0
+    if isinstance(value, Inert) and value.kind.endswith("io.BytesIO"):
+        state = value.__dict__.get("state")
+        return _numbers_in_file(state[0]) if isinstance(state, tuple) and state and isinstance(state[0], bytes) else 0
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(numbers_in(entry, depth - 1) for entry in entries)
+
+
+def _numbers_in_file(content: bytes) -> int:
+    """Bytes of tensors in a file of torch.save (Transformer Engine's older state); in any other, the bytes beyond a None's."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return sum(entry.file_size for entry in archive.infolist() if "/data/" in entry.filename)
+    except zipfile.BadZipFile:
+        return max(0, len(content) - len(pickle.dumps(None)))

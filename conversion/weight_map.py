@@ -190,9 +190,10 @@ def _account(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Mosaic
     missing = [name for name in wanted if name not in tensors]
     left = [name for name in tensors if name not in wanted]
     if missing or left:
+        said = [f"{what} [{listed(names)}]" for what, names in (("missing", missing), ("left over", left)) if names]
         raise ValueError(
-            f"the {whose} checkpoint does not match its config: missing [{listed(missing)}], "
-            f"left over [{listed(left)}]; correct the config, or convert with the settings it was trained with."
+            f"the {whose} checkpoint does not match its config: {', '.join(said)}; correct the config, or convert with the "
+            "settings it was trained with."
         )
     wrong = [
         f"{name} {list(tensors[name].shape)} instead of {list(shape)}"

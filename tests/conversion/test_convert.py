@@ -18,10 +18,11 @@ from transformers import AXK1ForCausalLM
 import axk1
 from conversion import Reading, convert_to_hf, convert_to_megatron, inspect, to_hf, verify
 from conversion.checkpoint import HashedFile, TensorSpec, plan_shards, shard_header, write_index
+from conversion.convert import Conversion
 from conversion.weight_map import rows_of
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
 from modeling_axk1.modeling_axk1 import AxK1DecoderLayer, AxK1RMSNorm
-from tests.conversion.megatron_files import FIXTURES, LAYOUTS, PLAIN, checkpoints, reference
+from tests.conversion.megatron_files import FIXTURES, LAYOUTS, PLAIN, checkpoints, models_in, reference
 from tests.random_models import ours, random_config, tiny_chat_config
 from tests.tolerances import MEGATRON
 from trainers.tokenizer import train_tokenizer
@@ -235,7 +236,7 @@ def test_tokenizer_vocabulary_and_thinking_ids(tmp_path):
     model = AxK1ForCausalLM.from_pretrained(tmp_path / "back")
     assert model.generation_config.think_token_id == tokenizer.convert_tokens_to_ids("<think>")
     assert (tmp_path / "back" / "tokenizer.json").exists()
-    with pytest.raises(ValueError, match="too small for a vocabulary of 400"):
+    with pytest.raises(ValueError, match="400 is padded to 512 rows by multiples of 128, the checkpoint has 384"):
         to_hf(tmp_path / "megatron", tmp_path / "x", reading=Reading(vocab_size=400))
 
 
@@ -279,6 +280,101 @@ def test_verify_finds_one_bit(tmp_path):
     tensors[name].view(torch.int32)[7, 7] ^= 1
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
     assert verify(SOURCE, tmp_path / "hf", progress=False) == [f"{name} (its numbers)"]
+
+
+@pytest.mark.parametrize("field", ["rms_norm_eps", "num_experts_per_tok", "rope_parameters"])
+def test_verify_compares_what_the_weights_compute(tmp_path, field):
+    convert_to_hf(SOURCE, tmp_path / "hf", progress=False)
+    config = AxK1Config.from_pretrained(tmp_path / "hf")
+    changed = {
+        "rms_norm_eps": 1e-3,
+        "num_experts_per_tok": 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5.0},
+    }
+    setattr(config, field, changed[field])
+    config.save_pretrained(tmp_path / "hf")
+    (difference,) = verify(SOURCE, tmp_path / "hf", progress=False)
+    assert difference.startswith(f"config.{field} (")
+
+
+def test_a_source_that_changes_is_not_continued_nor_published(tmp_path, monkeypatch):
+    """Its numbers, or what describes them: a vocabulary that shrinks would leave an embedding of another size."""
+    source = tmp_path / "source"
+    shutil.copytree(SOURCE, source)
+    options = {"shard_bytes": 150_000, "workers": 1, "progress": False, "verify": False}
+    with monkeypatch.context() as patch:
+        patch.setattr("conversion.convert.Conversion._write_manifest", lambda self, job: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert_to_hf(source, tmp_path / "hf", **options)
+    common = next(source.rglob("common.pt"))
+    os.utime(common, (1, 1))
+    with pytest.raises(ValueError, match="left by another job .its sources differ"):
+        convert_to_hf(source, tmp_path / "hf", **options)
+    real = Conversion._write_manifest
+
+    def touch_and_write(self, job):
+        os.utime(common, (2, 2))
+        real(self, job)
+
+    monkeypatch.setattr(Conversion, "_write_manifest", touch_and_write)
+    with pytest.raises(ValueError, match="has changed while it was converted"):
+        convert_to_hf(source, tmp_path / "other", **options)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_that_somebody_else_made_is_not_the_result(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("conversion.convert.Conversion._write_manifest", lambda self, job: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert_to_hf(SOURCE, tmp_path / "hf", progress=False)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "diary.txt").write_text("dear diary")
+    with pytest.raises(ValueError, match="has appeared meanwhile"):
+        convert_to_hf(SOURCE, tmp_path / "hf", progress=False)
+    shutil.rmtree(tmp_path / "hf.partial")
+    with pytest.raises(ValueError, match="has appeared meanwhile"):
+        convert_to_hf(SOURCE, tmp_path / "hf", progress=False)
+    assert [path.name for path in (tmp_path / "hf").iterdir()] == ["diary.txt"]
+
+
+def test_a_tokenizer_runs_no_code_and_is_read_before_anything_is_written(tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
+    with pytest.raises((ValueError, OSError)):
+        to_hf(SOURCE, tmp_path / "hf", reading=Reading(tokenizer=folder))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer"]
+    with pytest.raises(ValueError, match="is not a folder"):
+        Reading(tokenizer=tmp_path / "nowhere")
+
+
+def test_a_hugging_face_source_keeps_its_companions(tmp_path):
+    hf = saved_model(tmp_path / "hf")
+    train_tokenizer(["1 2 3"], vocab_size=280).save_pretrained(hf)
+    generation = transformers.GenerationConfig(temperature=0.33, do_sample=True)
+    generation.save_pretrained(hf)
+    convert_to_hf(hf, tmp_path / "again", shard_bytes=100_000, progress=False)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "again").temperature == 0.33
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", "{", "[" * 100_000, '{"model_type": "axk1", "n_routed_experts": 1000000000}']
+)
+def test_a_config_that_is_none_is_one_sentence(tmp_path, content):
+    hf = saved_model(tmp_path / "hf")
+    (hf / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=str(hf)):
+        to_hf(hf, tmp_path / "out")
+
+
+def test_the_name_of_prediction_layers_is_the_readers(tmp_path):
+    source = FIXTURES / "mtp_pp2" / "legacy"
+    convert_to_megatron(source, tmp_path / "new", format="legacy", mtp_layer_name="mtp_model_layer", progress=False)
+    names = {name for _, _, name in models_in(tmp_path / "new" / "release")}
+    assert "mtp.layers.0.mtp_model_layer.mlp.router.weight" in names
+    assert not [name for name in names if ".transformer_layer." in name]
 
 
 def test_nan_is_found_on_request(tmp_path):

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import shutil
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -145,6 +146,34 @@ def test_the_trained_state_is_not_even_opened(copied, tmp_path):
     edit_metadata(copied, add)
     assert open_it(copied).facts["skipped"] == ["chained_0", "optimizer", "rerun_state_machine_state", "rng_state"]
     convert_to_hf(copied, tmp_path / "hf", progress=False)
+
+
+def test_state_of_no_known_kind_is_not_left_behind_unsaid(copied):
+    def add(metadata):
+        metadata.state_dict_metadata["decoder.layers.1.mlp.secret"] = BytesStorageMetadata()
+
+    edit_metadata(copied, add)
+    with pytest.raises(ValueError, match="decoder.layers.1.mlp.secret, which is neither a tensor nor known state"):
+        open_it(copied)
+
+
+class Pairs(dict):
+    """Two equal keys: in a pickle they may stand, in a dictionary they are one."""
+
+    def __reduce__(self):
+        return OrderedDict, (), None, None, iter(self["pairs"])
+
+
+def test_a_chunk_in_two_places_is_refused(copied):
+    def twice(metadata):
+        index = next(i for i in metadata.storage_data if i.fqn.endswith("final_layernorm.weight"))
+        again = MetadataIndex(index.fqn, index.offset)
+        pairs = [*metadata.storage_data.items(), (again, metadata.storage_data[index])]
+        metadata.storage_data = Pairs(pairs=pairs)
+
+    edit_metadata(copied, twice)
+    with pytest.raises(ValueError, match="places the chunk of decoder.final_layernorm.weight at .* twice"):
+        open_it(copied)
 
 
 class Evil:

@@ -1,5 +1,6 @@
 """Are rank files read as Megatron means them, and written as Megatron writes them?"""
 
+import io
 import shutil
 
 import pytest
@@ -90,7 +91,7 @@ def edit(path, change):
     change(file)
     # The stub of an enum cannot be pickled, and nothing reads it.
     for name in ("attention_backend", "model_type"):
-        delattr(file["args"], name)
+        vars(file["args"]).pop(name, None)
     torch.save(file, path)
 
 
@@ -202,9 +203,63 @@ def test_fp8_state_wants_consent(copied, tmp_path):
     path = copied / "mp_rank_00_000_000" / "model_optim_rng.pt"
     name = "decoder.layers.0.self_attention.linear_proj._extra_state"
     edit(path, lambda file: file["model"].update({name: torch.ones(40, dtype=torch.uint8)}))
-    with pytest.raises(ValueError, match=f"{name} holds 40 bytes of FP8 scaling state.*--drop-fp8-state"):
+    with pytest.raises(ValueError, match=f"{name} holds 40 numbers of FP8 scaling state.*--drop-fp8-state"):
         open_it(copied)
     assert "decoder.layers.0.self_attention.linear_proj.weight" in open_it(copied, drop=True).parts
+
+
+def test_older_fp8_state_is_a_file_in_the_file(copied):
+    """Transformer Engine once kept a BytesIO: of a saved None without FP8, of tensors with it."""
+    path, name = copied / "mp_rank_00_000_000" / "model_optim_rng.pt", "decoder.layers.0.mlp.linear_fc1._extra_state"
+    for state, refused in ((None, False), ({"scale_fwd": torch.ones(16)}, True)):
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        edit(path, lambda file, buffer=buffer: file["model"].update({name: buffer}))
+        if refused:
+            with pytest.raises(ValueError, match="FP8 scaling state"):
+                open_it(copied)
+        else:
+            open_it(copied)
+
+
+def test_every_rank_has_to_agree_on_what_all_of_them_hold(copied, tmp_path):
+    """Norms and routers are whole on each tensor-parallel rank: rank 0's alone would be a guess."""
+    path = copied / "mp_rank_01_000_001" / "model_optim_rng.pt"
+    edit(path, lambda file: file["model"]["decoder.layers.1.mlp.router.weight"].mul_(0))
+    with pytest.raises(ValueError, match="hold different copies of decoder.layers.1.mlp.router.weight"):
+        convert_to_hf(copied, tmp_path / "hf", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda file: file.update({"iteration": 77}), r"iteration \(77 and 10\)"),
+        (lambda file: setattr(file["args"], "rotary_base", 5), r"rotary_base \(5 and 10000\)"),
+        (lambda file: setattr(file["args"], "expert_model_parallel_size", 1), "layout"),
+    ],
+)
+def test_rank_files_of_two_checkpoints_do_not_mix(copied, change, complaint):
+    edit(copied / "mp_rank_01_001_001" / "model_optim_rng.pt", change)
+    with pytest.raises(ValueError, match=f"mp_rank_01_001_001.* is of another checkpoint.*{complaint}"):
+        open_it(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("mp_rank_00_005_000", "is no rank of TP=2 PP=2 EP=2"), ("mp_rank_00_0000_000", "are the same rank")],
+)
+def test_ranks_that_do_not_belong_are_named(copied, name, complaint):
+    shutil.copytree(copied / "mp_rank_00_000_000", copied / name)
+    with pytest.raises(ValueError, match=complaint):
+        open_it(copied)
+
+
+@pytest.mark.parametrize("size", [10**9, -1, True, "2", 2.0])
+def test_a_number_of_ranks_is_one(copied, size):
+    for path in copied.glob("*/model_optim_rng.pt"):
+        edit(path, lambda file: setattr(file["args"], "tensor_model_parallel_size", size))
+    with pytest.raises(ValueError, match="is not a number of ranks"):
+        open_it(copied)
 
 
 def test_optimizer_state_is_skipped_unread(copied, tmp_path):

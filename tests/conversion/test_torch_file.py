@@ -168,15 +168,48 @@ def test_truncated_compressed_and_old_files(tmp_path):
         open_torch_file(saved(tmp_path, {"w": 1}, _use_new_zipfile_serialization=False))
 
 
-def test_a_tensor_may_not_reach_past_its_storage(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        # The shape (3, 4) with strides (4, 1) is pickled as K\x03 K\x04, K\x04 K\x01.
+        (b"K\x03K\x04\x86", b"K\x03K\x05\x86", r"a tensor of 48 bytes has the offset, sizes and strides \(0, 3, 5"),
+        (b"K\x04K\x01\x86", b"K\x09K\x01\x86", "reaches past its storage"),
+    ],
+)
+def test_a_tensor_may_not_reach_past_its_storage(tmp_path, old, new, complaint):
     path = saved(tmp_path, {"w": torch.zeros(3, 4)})
+    with pytest.raises(ValueError, match=complaint):
+        open_torch_file(rewritten(path, lambda name, data: data.replace(old, new) if "data.pkl" in name else data))
 
-    def enlarge(name, data):
-        # (3, 4) is pickled as K\x03 K\x04; (3, 5) would read foreign bytes.
-        return data.replace(b"K\x03K\x04\x86", b"K\x03K\x05\x86") if "data.pkl" in name else data
 
-    with pytest.raises(ValueError, match="reaches past its storage"):
-        open_torch_file(rewritten(path, enlarge))
+def test_a_wrong_bit_in_the_pickle_is_seen(tmp_path):
+    """In a key it would be another model: an argument that is not there has a default."""
+    path = saved(tmp_path, {"moe_router_topk_scaling_factor": 2.5})
+    path.write_bytes(path.read_bytes().replace(b"scaling_factor", b"scaling_fbctor"))
+    with pytest.raises(ValueError, match="its pickle is damaged"):
+        open_torch_file(path)
+
+
+def test_small_files_cannot_ask_for_much(tmp_path):
+    """A memo of 2**27 entries in ten bytes; a value that holds itself twice at each of many levels."""
+    with pytest.raises(ValueError, match="damaged pickle"):
+        unpickle(io.BytesIO(b"\x80\x02Nr" + (2**27).to_bytes(4, "little")), tmp_path)
+    value = "x"
+    for _ in range(60):
+        value = [value, value]
+    found = open_torch_file(saved(tmp_path, {"args": argparse.Namespace(bomb=value)}))
+    assert plain(found["args"])["bomb"][0][0][0][0][0] is None
+    path = saved(tmp_path, {"w": torch.zeros(8, 2)[:, :1].expand(8, 10**9)})
+    with pytest.raises(ValueError, match="the file is damaged"):
+        open_torch_file(path)
+
+
+def test_a_pickle_cannot_change_what_it_names(tmp_path):
+    """BUILD sets attributes of whatever stands on the stack, a function that a name was replaced by included."""
+    for name in (b"torch._utils\n_rebuild_tensor_v2\n", b"collections\ndefaultdict\n"):
+        with pytest.raises(ValueError, match="damaged pickle"):
+            unpickle(io.BytesIO(b"\x80\x02c" + name + b"N}X\x01\x00\x00\x00aK\x01s\x86b."), tmp_path)
+    assert open_torch_file(saved(tmp_path, {"w": torch.zeros(2)}))["w"].dtype is torch.float32
 
 
 def test_a_window_of_a_file(tmp_path):
