@@ -369,9 +369,16 @@ def numbers_in(value: Any, depth: int = 6) -> int:
         return 0
     if isinstance(value, Inert) and value.kind.endswith("io.BytesIO"):
         state = value.__dict__.get("state")
-        return _numbers_in_file(state[0]) if isinstance(state, tuple) and state and isinstance(state[0], bytes) else 0
+        return _numbers_in_file(_bytes_in(state[0])) if isinstance(state, tuple) and state else 0
     entries = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return sum(numbers_in(entry, depth - 1) for entry in entries)
+
+
+def _bytes_in(value: Any) -> bytes:
+    """Bytes as they are, or as pickle's protocol 2 writes them: a text to be encoded."""
+    if isinstance(value, Inert) and value.kind == "_codecs.encode" and value.args and isinstance(value.args[0], str):
+        return value.args[0].encode("latin1", errors="replace")
+    return value if isinstance(value, bytes) else b""
 
 
 def _numbers_in_file(content: bytes) -> int:
