@@ -22,7 +22,7 @@ from conversion.convert import Conversion
 from conversion.weight_map import rows_of
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
 from modeling_axk1.modeling_axk1 import AxK1DecoderLayer, AxK1RMSNorm
-from tests.conversion.megatron_files import FIXTURES, LAYOUTS, PLAIN, checkpoints, models_in, reference
+from tests.conversion.megatron_files import FIXTURES, LAYOUTS, PLAIN, checkpoints, load_rank_file, models_in, reference
 from tests.random_models import ours, random_config, tiny_chat_config
 from tests.tolerances import MEGATRON
 from trainers.tokenizer import train_tokenizer
@@ -172,6 +172,7 @@ def test_hugging_face_to_megatron_and_back_loses_nothing(tmp_path, target):
         {"post_mlp_norm": False},
         {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
         {"first_k_dense_replace": 0},
+        {"first_k_dense_replace": 4},
         {"first_k_dense_replace": 2, "n_shared_experts": 2},
         {"n_group": 1, "topk_group": 1},
     ],
@@ -238,6 +239,26 @@ def test_tokenizer_vocabulary_and_thinking_ids(tmp_path):
     assert (tmp_path / "back" / "tokenizer.json").exists()
     with pytest.raises(ValueError, match="400 is padded to 512 rows by multiples of 128, the checkpoint has 384"):
         to_hf(tmp_path / "megatron", tmp_path / "x", reading=Reading(vocab_size=400))
+
+
+def test_a_tied_head_has_to_be_the_embedding(tmp_path):
+    hf = saved_model(tmp_path / "hf", tie_word_embeddings=True)
+    tensors = load_folder(hf)
+    head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, hf / "model.safetensors")
+    convert_to_megatron(hf, tmp_path / "same", progress=False)
+    head.view(torch.int32)[7, 7] ^= 1
+    save_file(tensors, hf / "model.safetensors")
+    with pytest.raises(ValueError, match="hold different copies of lm_head.weight"):
+        convert_to_megatron(hf, tmp_path / "other", progress=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_arguments_say_how_uneven_the_stages_are(tmp_path):
+    sizes = {"first_stage_layers": 1, "last_stage_layers": 2}
+    convert_to_megatron(SOURCE, tmp_path / "out", format="legacy", pp=3, progress=False, **sizes)
+    args = load_rank_file(next((tmp_path / "out").rglob("*.pt")))["args"]
+    assert args.decoder_first_pipeline_num_layers == 1 and args.decoder_last_pipeline_num_layers == 2
 
 
 def test_a_config_is_agreed_with(tmp_path):

@@ -1,6 +1,7 @@
 """Is torch_dist read without holding or running any of it, and written so that torch's own loader reads it?"""
 
 import argparse
+import dataclasses
 import io
 import os
 import pickle
@@ -229,6 +230,14 @@ def a_tensor(metadata, name="decoder.layers.1.mlp.shared_experts.linear_fc1.weig
     return metadata.state_dict_metadata[name]
 
 
+def name_twice(metadata, name="decoder.layers.2.post_mlp_layernorm.weight"):
+    """The norm once more under the name of another fork."""
+    other = name.replace("mlp_layernorm", "mlp_norm")
+    metadata.state_dict_metadata[other] = a_tensor(metadata, name)
+    (place,) = [index for index in metadata.storage_data if index.fqn == name]
+    metadata.storage_data[dataclasses.replace(place, fqn=other)] = metadata.storage_data[place]
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -241,6 +250,12 @@ def a_tensor(metadata, name="decoder.layers.1.mlp.shared_experts.linear_fc1.weig
             r"missing \[decoder.layers.2.input",
         ),
         (lambda m: m.storage_data.clear(), "does not say where"),
+        (lambda m: setattr(a_tensor(m).properties, "dtype", torch.bfloat16), r"is not the torch.bfloat16 \[.*\] that"),
+        (
+            lambda m: setattr(next(iter(m.storage_data.values())), "transform_descriptors", ["zstd"]),
+            r"is stored as \['zstd'\]",
+        ),
+        (name_twice, "layers.2.post_mlp_layernorm.weight twice, under two names"),
     ],
 )
 def test_holes_and_wrong_sizes_are_named(copied, tmp_path, change, complaint):
@@ -302,3 +317,27 @@ def test_stacked_layers_and_single_experts(tmp_path):
         for i in reversed(layers):
             original = original.replace(f"layers.{i - 1}.", f"layers.{i}.") if f"layers.{i - 1}." in name else original
         assert torch.equal(read(tensor), read(truth.tensors[original])), name
+
+
+def test_gate_and_up_as_two_tensors(tmp_path):
+    """How megatron-core saves them with singleton local shards, and each expert by itself."""
+    source = find_iteration(FIXTURES / "tp1_pp1_ep1" / "torch_dist")
+    state = {}
+    for name, (tensor,) in open_it(source).parts.items():
+        name = name.replace("local_experts", "experts")
+        if name.endswith("linear_fc1.weight"):
+            state[f"{name}_w"], state[f"{name}_v"] = read(tensor).chunk(2)
+        else:
+            state[name] = read(tensor)
+    assert {name.count("expert") for name in state if name.endswith("_v")} == {0, 1, 2}
+    out = tmp_path / "iter_0000010"
+    dcp.save(state, checkpoint_id=out, no_dist=True)
+    shutil.copy(source / "common.pt", out)
+    assert verify(source, out, progress=False) == []
+    whole = (out / ".metadata").read_bytes()
+    for half, other in ("wv", "vw"):
+        (out / ".metadata").write_bytes(whole)
+        name = "decoder.layers.0.mlp.linear_fc1.weight_"
+        edit_metadata(out, lambda metadata, gone=name + half: metadata.state_dict_metadata.pop(gone))
+        with pytest.raises(ValueError, match=f"holds {name}{other} but not {name}{half}"):
+            open_it(out)

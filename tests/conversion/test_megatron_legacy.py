@@ -8,7 +8,7 @@ import torch
 
 from conversion import convert_to_hf, convert_to_megatron, verify
 from conversion.megatron import find_iteration
-from conversion.megatron_legacy import Layout, check_layout, open_legacy, stage_layers
+from conversion.megatron_legacy import EMBEDDING, HEAD, Layout, check_layout, open_legacy, stage_layers
 from conversion.weight_map import POST_NORM_NAMES
 from modeling_axk1 import AxK1Config
 from tests.conversion.megatron_files import FIXTURES, load_rank_file, models_in
@@ -106,6 +106,14 @@ def test_missing_rank_files_are_named(copied):
         open_it(copied)
 
 
+def test_a_missing_expert_rank_is_named_though_its_attention_shard_is_elsewhere(tmp_path):
+    source = FIXTURES / "tp1_pp1_ep1" / "legacy"
+    convert_to_megatron(source, tmp_path / "out", format="legacy", tp=2, ep=4, etp=1, progress=False)
+    shutil.rmtree(tmp_path / "out" / "release" / "mp_rank_01_003")
+    with pytest.raises(ValueError, match="lacks the rank files mp_rank_01_003 of TP=2 PP=1 EP=4 ETP=1"):
+        open_it(tmp_path / "out")
+
+
 def test_the_second_number_is_a_stage_or_an_expert_rank_as_the_arguments_say(tmp_path):
     for name, layout in {"pp": {"pp": 2}, "ep": {"ep": 2}}.items():
         convert_to_megatron(
@@ -132,6 +140,66 @@ def test_copies_of_a_tensor_are_compared(copied, tmp_path):
     with pytest.raises(ValueError, match="hold different copies of decoder.layers.2.self_attention.linear_proj.weight"):
         convert_to_hf(tmp_path / "out", tmp_path / "hf", progress=False)
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob("hf.partial*"))
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """mtp_pp2 with tied weights: the last stage holds the embedding for its prediction layer, and once more as the head."""
+    shutil.copytree(FIXTURES / "mtp_pp2" / "legacy", tmp_path / "tied")
+
+    def tie(file):
+        file["args"].untie_embeddings_and_output_weights = False
+        if HEAD in file["model"]:
+            file["model"][HEAD] = file["model"][EMBEDDING].clone()
+
+    for path in (tmp_path / "tied").rglob("*.pt"):
+        edit(path, tie)
+    return tmp_path / "tied"
+
+
+def last_stage(folder):
+    return find_iteration(folder) / "mp_rank_00_001" / "model_optim_rng.pt"
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, HEAD])
+def test_the_last_stages_copies_of_the_embedding_are_compared(tied, name):
+    assert verify(tied, tied, progress=False) == []
+    edit(last_stage(tied), lambda file: file["model"][name].view(torch.int32)[7, 7].bitwise_xor_(1))
+    with pytest.raises(ValueError, match=f"hold different copies of {EMBEDDING}"):
+        verify(tied, tied, progress=False)
+
+
+@pytest.mark.parametrize(("left_out", "needed"), [("nothing", {EMBEDDING, HEAD}), ("mtp.", {HEAD})])
+def test_the_last_stage_holds_the_embedding_for_whoever_needs_it(tied, tmp_path, left_out, needed):
+    """The prediction layer under its own name, a tied head under the head's."""
+    edit(last_stage(tied), _without(left_out))
+    convert_to_megatron(tied, tmp_path / "out", format="legacy", pp=2, vocab_divisor=16, progress=False)
+    assert {EMBEDDING, HEAD} & load_rank_file(last_stage(tmp_path / "out"))["model"].keys() == needed
+    assert verify(tied, tmp_path / "out", progress=False) == []
+
+
+def _without(prefix):
+    """A change that takes away every tensor whose name begins so."""
+
+    def drop(file):
+        file["model"] = {name: tensor for name, tensor in file["model"].items() if not name.startswith(prefix)}
+
+    return drop
+
+
+@pytest.mark.parametrize(
+    ("prefix", "complaint"),
+    [
+        ("decoder.layers.1.", "holds 3 layers, its arguments say num_layers=4"),
+        ("decoder.layers.1.post_mlp_layernorm", r"only the layers \[1, 2\] of \[1, 2, 3\] have a post-MLP norm"),
+    ],
+)
+def test_a_layer_or_its_norm_that_is_missing_in_every_file(copied, tmp_path, prefix, complaint):
+    """The last layer is the second of the last stage: what is left looks whole by itself."""
+    for path in copied.glob("mp_rank_*_001_*/*.pt"):
+        edit(path, _without(prefix))
+    with pytest.raises(ValueError, match=complaint):
+        convert_to_hf(copied, tmp_path / "hf", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +248,26 @@ def _args(file):
         if hasattr(args, name):
             delattr(args, name)
     return {"args": args} if args is not None else {}
+
+
+@pytest.mark.parametrize("layout", [{"tp": 4, "etp": 2}, {"tp": 2, "ep": 2, "etp": 1}], ids=str)
+def test_grouped_experts_split_otherwise_than_attention(tmp_path, layout):
+    """GroupedMLP over fewer tensor-parallel ranks, and over expert ranks: a rank's experts transposed, one behind the other."""
+    source = FIXTURES / "tp1_pp1_ep1" / "legacy"
+    convert_to_megatron(source, tmp_path / "out", format="legacy", progress=False, **layout)
+
+    def group(file):
+        model = file["model"]
+        for layer in range(1, 4):
+            experts = f"decoder.layers.{layer}.mlp.experts."
+            for number, shape in {1: (64, -1), 2: (-1, 64)}.items():
+                names = [name for name in model if name.startswith(experts) and f"fc{number}.weight" in name]
+                matrices = [model.pop(name).t() for name in names]
+                model[f"{experts}weight{number}"] = torch.stack(matrices).reshape(shape)
+
+    for path in (tmp_path / "out").rglob("*.pt"):
+        edit(path, group)
+    assert verify(source, tmp_path / "out", progress=False) == []
 
 
 def test_fused_down_projections(tmp_path):

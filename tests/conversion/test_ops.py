@@ -125,6 +125,7 @@ def test_holes_and_overlaps_are_seen(on_disk):
     assert not covers(of(moved(upper, 0)))
     assert not covers(of(moved(upper, 0), moved(lower, 1)))
     assert not covers(of(moved(upper, 0), moved(lower, 3)))
+    assert not covers(of(moved(upper, -1), moved(lower, 2)))
     assert not covers(of(moved(upper, 0), moved(lower, 2), moved(lower, 2)))
 
 

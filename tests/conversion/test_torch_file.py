@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import signal
+import struct
 import sys
 import types
 import zipfile
@@ -80,6 +81,18 @@ def test_an_attribute_of_something_allowed_stays_inert(tmp_path, monkeypatch):
     assert isinstance(found, Inert) and plain(found) == "__globals__"
     with pytest.raises(ValueError, match="damaged pickle"):
         unpickle(io.BytesIO(climb[:-1] + b"(X\x02\x00\x00\x00lstR."), tmp_path)
+
+
+class Rebuilt:
+    """A tensor of a class of its own, which says itself how it is rebuilt."""
+
+    def __reduce__(self):
+        return (torch._tensor._rebuild_from_type_v2, (set, torch.Tensor, ([1, 2],), {}))
+
+
+def test_a_tensor_is_rebuilt_by_torch_only(tmp_path):
+    with pytest.raises(ValueError, match="a tensor is to be rebuilt by <class 'set'>"):
+        open_torch_file(saved(tmp_path, Rebuilt()))
 
 
 def test_megatrons_classes_are_stand_ins_and_never_imported(tmp_path, monkeypatch):
@@ -222,3 +235,16 @@ def test_a_window_of_a_file(tmp_path):
     assert read(mosaic).tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="is truncated"):
         open_torch_file(tmp_path / "x.distcp", 100, len(inner) + 78)
+
+
+def test_a_record_may_not_lie_in_the_next_chunk(tmp_path):
+    """The record's own header says where it begins; a longer one moves it behind the window."""
+    inner = saved(tmp_path, torch.arange(5)).read_bytes()
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        header = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/0")).header_offset
+    name_bytes = struct.unpack_from("<H", inner, header + 26)[0]
+    hostile = bytearray(inner)
+    struct.pack_into("<H", hostile, header + 28, len(inner) - header - 30 - name_bytes)
+    (tmp_path / "x.distcp").write_bytes(hostile + b"y" * 77)
+    with pytest.raises(ValueError, match="data/0 reaches past the end"):
+        open_torch_file(tmp_path / "x.distcp", 0, len(inner))
