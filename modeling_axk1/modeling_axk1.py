@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .cache_axk1 import grow_in_place
 from .configuration_axk1 import AxK1Config
 from .generation_axk1 import ThinkingGenerationMixin
-from .moe_dispatch import axk1_experts_forward
+from .moe_dispatch import axk1_experts_forward, missing_for_kernels, route_op
 
 # Registered here and not in __init__.py, which a Hub folder with remote code never runs.
 ALL_EXPERTS_FUNCTIONS.register("axk1", axk1_experts_forward)
@@ -387,6 +387,27 @@ def choose_experts(
     return choice_TE.topk(top_k, dim=-1, sorted=False).indices
 
 
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    method: str,
+    groups: int,
+    top_groups: int,
+    top_k: int,
+    normalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Routing weights [T, K] fp32, which sum to `scale` if normalised, and expert ids [T, K] int64."""
+    scores_TE = logits_TE.sigmoid()
+    expert_TK = choose_experts(
+        scores_TE.detach(), bias_E, method=method, groups=groups, top_groups=top_groups, top_k=top_k
+    )
+    weight_TK = scores_TE.gather(1, expert_TK)
+    if normalise:
+        weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    return weight_TK * scale, expert_TK
+
+
 class AxK1TopkRouter(nn.Module):
     """Sigmoid router in fp32 with auxiliary-loss-free balancing.
 
@@ -416,16 +437,16 @@ class AxK1TopkRouter(nn.Module):
         """Returns logits [T, E] fp32, routing weights [T, K] fp32 and expert ids [T, K] int64."""
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits_TE = F.linear(hidden_TH.to(torch.float32), self.weight.to(torch.float32))
-        scores_TE = logits_TE.sigmoid()
-        expert_TK = self.choose(scores_TE.detach())
-        weight_TK = scores_TE.gather(1, expert_TK)
-        if self.normalise:
-            weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        run = route if missing_for_kernels(logits_TE.device) else route_op
+        weight_TK, expert_TK = run(
+            logits_TE, self.e_score_correction_bias, self.method, self.groups, self.top_groups, self.top_k,
+            self.normalise, self.scale,
+        )  # fmt: skip
         if self.training:
             # Overwritten, not added to: a recomputation under gradient checkpointing leaves it right.
             ones = torch.ones_like(expert_TK).flatten()
             self.expert_load.zero_().scatter_add_(0, expert_TK.flatten(), ones)
-        return logits_TE, weight_TK * self.scale, expert_TK
+        return logits_TE, weight_TK, expert_TK
 
     def choose(self, scores_TE: Tensor) -> Tensor:
         return choose_experts(
@@ -579,7 +600,7 @@ def keep_outputs_of(operators: list) -> tuple:
 
 def keep_routing() -> tuple:
     """For recomputing an MoE: the first pass's experts, so that a rounding difference cannot send a token elsewhere."""
-    return keep_outputs_of([torch.ops.aten.topk.default])
+    return keep_outputs_of([torch.ops.aten.topk.default, torch.ops.axk1.route.default])
 
 
 def keep_attention_core() -> tuple:

@@ -1,0 +1,234 @@
+"""Do the GPU kernels compute what the obvious loop computes, and do they compile?
+
+The checks of moe_kernel_checks.py run in Triton's interpreter on CPU, and the same ones on a GPU where there is one. Every
+kernel is compiled for three architectures, for which no GPU has to be there.
+"""
+
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+from modeling_axk1 import moe_kernels
+
+triton = pytest.importorskip("triton", reason="Triton is not installed; pip install triton (Linux)")
+
+from tests.modeling_axk1 import moe_kernel_checks as checks  # noqa: E402
+
+CASES = [
+    dict(routing="random", tokens=1, experts=6, top_k=2, hidden=64, width=32),
+    dict(routing="foreign", tokens=63, experts=6, top_k=2, **checks.UNEVEN),
+    # 514 pairs: the dispatch takes more than one block of them.
+    dict(routing="random", tokens=257, experts=5, top_k=2, hidden=24, width=20),
+    dict(routing="one", tokens=66, experts=3, top_k=1, **checks.UNEVEN),
+    dict(routing="random", tokens=9, experts=6, top_k=6, hidden=24, width=20),
+    dict(routing="same", tokens=5, experts=3, top_k=3, hidden=24, width=20),
+    dict(routing="random", tokens=9, experts=192, top_k=8, hidden=24, width=20),
+]
+ROUTING = [
+    # method, experts, groups, top_groups, top_k, biased, normalise
+    ("noaux_tc", 192, 8, 4, 8, True, True),
+    ("group_limited_greedy", 192, 8, 3, 8, False, True),
+    ("greedy", 512, 1, 1, 16, False, True),
+    ("noaux_tc", 6, 3, 2, 3, True, False),
+    ("noaux_tc", 5, 1, 1, 5, True, True),
+]
+CHECKS = [
+    checks.check_nothing_to_do,
+    checks.check_weights_are_read_once,
+    checks.check_same_bits_again,
+    checks.check_other_strides,
+    checks.check_frozen,
+    checks.check_operator,
+    checks.check_ties_go_to_the_lowest_id,
+    checks.check_routing_operator,
+    checks.check_in_models,
+    checks.check_refusals,
+]
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False")
+
+
+@contextmanager
+def process(interpret: str):
+    """A function that runs another one in a process of its own, started with TRITON_INTERPRET set so."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", interpret)
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        pool.submit(torch.set_num_threads, 1).result()
+    with pool:
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    with process(interpret="1") as run:
+        yield lambda check, **kwargs: run(check, "cpu", **kwargs)
+
+
+def case_name(case: dict) -> str:
+    return "-".join(str(value) for value in case.values())
+
+
+def check_name(check) -> str:
+    return check.__name__.removeprefix("check_")
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_outputs_and_gradients_equal_the_reference(interpreted, case):
+    interpreted(checks.check_against_reference, **case)
+
+
+def test_bf16_is_no_less_accurate_than_the_reference(interpreted):
+    interpreted(checks.check_half_precision, dtype=torch.bfloat16, tokens=65, **checks.UNEVEN)
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_dispatch_is_a_stable_sort_and_its_tiles_cover_it(interpreted, rows):
+    interpreted(checks.check_schedule, tokens=300, experts=5, top_k=4, rows=rows)
+
+
+@pytest.mark.parametrize("method, experts, groups, top_groups, top_k, biased, normalise", ROUTING)
+def test_routing_equals_the_router(interpreted, method, experts, groups, top_groups, top_k, biased, normalise):
+    interpreted(
+        checks.check_routing, method=method, experts=experts, groups=groups, top_groups=top_groups, top_k=top_k,
+        biased=biased, normalise=normalise,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=check_name)
+def test_in_the_interpreter(interpreted, check):
+    interpreted(check)
+
+
+# Each matmul of a layer: its tile, its kernel, its constants.
+MATMULS = {
+    "up": ("up", "up", dict(KEEP=True)),
+    "down": ("down", "rows", dict(TRANSPOSED=False)),
+    "down backward": ("down", "rows", dict(TRANSPOSED=True)),
+    "act_backward": ("act_backward", "act_backward", dict(ACT=True)),
+    "outer, a gathered": ("outer", "outer", dict(GATHER_A=True)),
+    "outer, b gathered": ("outer", "outer", dict(GATHER_A=False)),
+}
+OTHERS = {
+    "route": dict(
+        BIASED=True, NORMALISE=True, TOP_TWO=True, GROUPS=8, TOP_GROUPS=4, TOP_K=8, PADDED_GROUPS=8, PADDED_SIZE=32,
+        PADDED_K=8,
+    ),
+    "route_backward": dict(NORMALISE=True, PADDED_K=8, BINS=256),
+    "count": dict(BINS=256, BLOCK=moe_kernels.PAIR_BLOCK),
+    "place": dict(ROWS=128, BINS=256, BLOCK=moe_kernels.PAIR_BLOCK, COMPARED=moe_kernels.COMPARED),
+    "combine": dict(WEIGHTED=True, PAIRS=8, COLUMNS=moe_kernels.COMBINED // 8),
+}  # fmt: skip
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# The tiles for sm_80 serve its successors with less shared memory too (8.6, 8.9, 12.0).
+SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+@pytest.fixture(scope="module")
+def compiling():
+    with process(interpret="0") as run:
+        yield lambda *args: run(checks.compiled, *args)
+
+
+def compiled_matmul(compiling, name: str, architecture: int, dtype: torch.dtype, tokens: int, even: bool = True):
+    part, kernel, constants = MATMULS[name]
+    tile = getattr(moe_kernels.tiles_for(divmod(architecture, 10), dtype, tokens), part)
+    constants = constants | dict(
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=moe_kernels.TILE_GROUP, EVEN=even,
+        PRECISION="ieee",
+    )  # fmt: skip
+    short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    return compiling(kernel, architecture, short, tile.warps, tile.stages, constants)
+
+
+@pytest.mark.parametrize("architecture", TENSOR_CORES)
+@pytest.mark.parametrize("name", MATMULS)
+def test_matmuls_compile_to_tensor_cores(compiling, name, architecture):
+    ptx, shared_bytes, cubin = compiled_matmul(compiling, name, architecture, torch.bfloat16, tokens=16384)
+    assert cubin and TENSOR_CORES[architecture] in ptx
+    assert "cp.async" in ptx, "loads do not overlap with the matmul"
+    assert shared_bytes <= SHARED_BYTES[architecture]
+
+
+@pytest.mark.parametrize(
+    "name, architecture, dtype, tokens, even",
+    [
+        ("up", 80, torch.bfloat16, 64, True),
+        ("down", 90, torch.bfloat16, 1, True),
+        ("up", 90, torch.float16, 16384, False),
+        ("act_backward", 90, torch.float32, 16384, False),
+    ],
+)
+def test_matmuls_compile_for_other_sizes_and_dtypes(compiling, name, architecture, dtype, tokens, even):
+    _, shared_bytes, cubin = compiled_matmul(compiling, name, architecture, dtype, tokens, even)
+    assert cubin and shared_bytes <= SHARED_BYTES[architecture]
+
+
+@pytest.mark.parametrize("architecture", TENSOR_CORES)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kernels_compile(compiling, name, architecture):
+    warps = {"route": 1, "place": 8}.get(name, 4)
+    _, shared_bytes, cubin = compiling(name, architecture, "bf16", warps, 1, OTHERS[name])
+    assert cubin and shared_bytes <= SHARED_BYTES[architecture]
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (triton.runtime.errors.OutOfResources(300000, 232448, "shared memory"), moe_kernels.CompileError),
+        (RuntimeError("Failed to find C compiler."), moe_kernels.CompileError),
+        (RuntimeError("PassManager::run failed"), moe_kernels.CompileError),
+        (RuntimeError("CUDA error: an illegal memory access"), RuntimeError),
+    ],
+)
+def test_only_a_failed_compile_is_called_one(error, expected):
+    class Kernel(dict):
+        __name__ = "kernel"
+
+        def __getitem__(self, grid):
+            return self
+
+        def __call__(self, *args, **kwargs):
+            raise error
+
+    with pytest.raises(RuntimeError) as caught:
+        moe_kernels.launch(Kernel(), (1,), torch.zeros(1))
+    assert caught.type is expected
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_on_gpu_outputs_and_gradients_equal_the_reference(case):
+    checks.check_against_reference("cuda", **case)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens, hidden, width", [(5, 256, 128), (300, 256, 128), (300, 200, 72)])
+def test_on_gpu_half_precision_is_no_less_accurate_than_the_reference(dtype, tokens, hidden, width):
+    checks.check_half_precision("cuda", dtype, tokens, hidden=hidden, width=width)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("method, experts, groups, top_groups, top_k, biased, normalise", ROUTING)
+def test_on_gpu_routing_equals_the_router(method, experts, groups, top_groups, top_k, biased, normalise):
+    checks.check_routing("cuda", method, experts, groups, top_groups, top_k, biased, normalise)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("rows", [16, 128])
+def test_on_gpu_dispatch_is_a_stable_sort(rows):
+    checks.check_schedule("cuda", tokens=5000, experts=192, top_k=8, rows=rows)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("check", [*CHECKS, checks.check_cuda_graph, checks.check_random_shapes], ids=check_name)
+def test_on_gpu(check):
+    check("cuda")
