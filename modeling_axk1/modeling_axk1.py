@@ -387,25 +387,12 @@ def choose_experts(
     return choice_TE.topk(top_k, dim=-1, sorted=False).indices
 
 
-def route(
-    logits_TE: Tensor,
-    bias_E: Tensor | None,
-    method: str,
-    groups: int,
-    top_groups: int,
-    top_k: int,
-    normalise: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Routing weights [T, K] fp32, which sum to `scale` if normalised, and expert ids [T, K] int64."""
-    scores_TE = logits_TE.sigmoid()
-    expert_TK = choose_experts(
-        scores_TE.detach(), bias_E, method=method, groups=groups, top_groups=top_groups, top_k=top_k
-    )
+def weigh_experts(scores_TE: Tensor, expert_TK: Tensor, normalise: bool, scale: float) -> Tensor:
+    """Routing weights [T, K] in the scores' dtype: the chosen scores, made to sum to 1 if `normalise`, times `scale`."""
     weight_TK = scores_TE.gather(1, expert_TK)
     if normalise:
         weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
-    return weight_TK * scale, expert_TK
+    return weight_TK * scale
 
 
 class AxK1TopkRouter(nn.Module):
@@ -437,11 +424,15 @@ class AxK1TopkRouter(nn.Module):
         """Returns logits [T, E] fp32, routing weights [T, K] fp32 and expert ids [T, K] int64."""
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits_TE = F.linear(hidden_TH.to(torch.float32), self.weight.to(torch.float32))
-        run = route if missing_for_kernels(logits_TE.device) else route_op
-        weight_TK, expert_TK = run(
-            logits_TE, self.e_score_correction_bias, self.method, self.groups, self.top_groups, self.top_k,
-            self.normalise, self.scale,
-        )  # fmt: skip
+        if missing_for_kernels(logits_TE.device):
+            scores_TE = logits_TE.sigmoid()
+            expert_TK = self.choose(scores_TE.detach())
+            weight_TK = weigh_experts(scores_TE, expert_TK, self.normalise, self.scale)
+        else:
+            weight_TK, expert_TK = route_op(
+                logits_TE, self.e_score_correction_bias, self.method, self.groups, self.top_groups, self.top_k,
+                self.normalise, self.scale,
+            )  # fmt: skip
         if self.training:
             # Overwritten, not added to: a recomputation under gradient checkpointing leaves it right.
             ones = torch.ones_like(expert_TK).flatten()

@@ -302,10 +302,22 @@ def experts_op(x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH:
     return forward_op(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep)[0]
 
 
-def torch_route(logits_TE: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    from .modeling_axk1 import route  # which imports this module
+def torch_route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    method: str,
+    groups: int,
+    top_groups: int,
+    top_k: int,
+    normalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from .modeling_axk1 import choose_experts, weigh_experts  # which imports this module
 
-    return route(logits_TE, *arguments)
+    score_TE = logits_TE.sigmoid()
+    choice = dict(method=method, groups=groups, top_groups=top_groups, top_k=top_k)
+    expert_TK = choose_experts(score_TE.detach(), bias_E, **choice)
+    return weigh_experts(score_TE, expert_TK, normalise, scale), expert_TK
 
 
 def torch_route_backward(
@@ -336,7 +348,7 @@ def route_backward_here(grad_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, n
     return here(kernels_route_backward, torch_route_backward, grad_TK, logits_TE, expert_TK, normalise, scale)
 
 
-# Routing weights and expert ids by one kernel, `route` of modeling_axk1.py otherwise. An operator outside torch.compile too:
+# Routing weights and expert ids from logits, AxK1TopkRouter's, by one kernel. An operator outside torch.compile too:
 # gradient checkpointing keeps its results (`keep_routing`).
 route_op = torch.library.custom_op("axk1::route", route_here, mutates_args=())
 route_backward_op = torch.library.custom_op("axk1::route_backward", route_backward_here, mutates_args=())

@@ -624,7 +624,7 @@ def kernels_route(
     normalise: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Routing weights [T, K] fp32 and expert ids [T, K] int64 from fp32 logits: `route` of modeling_axk1.py in one kernel.
+    """Routing weights [T, K] fp32 and expert ids [T, K] int64 from fp32 logits: AxK1TopkRouter's in one kernel.
 
     Of equal scores the lowest id goes first; torch.topk leaves that open.
     """

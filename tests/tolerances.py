@@ -11,5 +11,5 @@ CACHED_STEP = 2e-5
 GRADIENT = 1e-4
 # Our CPU experts beside the loop of moe_reference.py, outputs and gradients relative to the largest entry; measured 9.9e-7.
 EXPERTS = 3e-6
-# The fused routing kernel beside `route`, weights (which sum to 2.5) and gradients, absolute; measured 1.2e-7.
+# The fused routing kernel beside torch_route, weights (which sum to 2.5) and gradients, absolute; measured 1.2e-7.
 ROUTING = 5e-7

@@ -13,8 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modeling_axk1 import moe_kernels
-from modeling_axk1.modeling_axk1 import route
-from modeling_axk1.moe_dispatch import experts_op, forward_op, route_op, run_experts
+from modeling_axk1.moe_dispatch import experts_op, forward_op, route_op, run_experts, torch_route
 from modeling_axk1.moe_reference import moe_reference
 from tests.random_experts import outputs_and_gradients, poisoned_memory, problem, relative_error
 from tests.random_models import ours, padded_ids, random_config
@@ -121,11 +120,11 @@ def check_operator(device: str) -> None:
 def check_routing(
     device: str, method: str, experts: int, groups: int, top_groups: int, top_k: int, biased: bool, normalise: bool
 ) -> None:
-    """The same experts, weights and gradient of the logits as the router of modeling_axk1.py, in whatever order."""
+    """The same experts, weights and gradient of the logits as torch's operators, in whatever order."""
     logits_TE, bias_E = torch.randn(5, experts), 0.3 * torch.randn(experts) if biased else None
     options = (method, groups, top_groups, top_k, normalise, 2.5)
     results = []
-    for run, place in ((route, "cpu"), (route_op, device)):
+    for run, place in ((torch_route, "cpu"), (route_op, device)):
         leaf = logits_TE.to(place).requires_grad_()
         with poisoned_memory():
             weight_TK, expert_TK = run(leaf, None if bias_E is None else bias_E.to(place), *options)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from modeling_axk1 import moe_dispatch
-from modeling_axk1.modeling_axk1 import AxK1Experts, route
+from modeling_axk1 import AxK1Config, moe_dispatch
+from modeling_axk1.modeling_axk1 import AxK1Experts
 from modeling_axk1.moe_dispatch import axk1_experts_forward, experts_op, missing_for_kernels, run_experts
 from modeling_axk1.moe_reference import moe_reference
 from tests.random_experts import outputs_and_gradients, poisoned_memory, problem, relative_error
@@ -133,7 +133,7 @@ def test_a_failed_compile_falls_back_with_one_warning(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(outputs_and_gradients(run_experts, inputs), expected))
     logits_TE, options = torch.randn(5, 6, requires_grad=True), (None, "noaux_tc", 3, 2, 2, True, 2.5)
     weight_TK, expert_TK = moe_dispatch.route_op(logits_TE, *options)
-    assert torch.equal(expert_TK, route(logits_TE, *options)[1])
+    assert torch.equal(expert_TK, moe_dispatch.torch_route(logits_TE, *options)[1])
     (weight_TK.sin().sum() + 0 * logits_TE.sum()).backward()
     assert len(warnings) == 1 and "because a kernel did not compile (up: no C compiler); mend that" in warnings[0]
 
@@ -141,7 +141,7 @@ def test_a_failed_compile_falls_back_with_one_warning(monkeypatch):
 def test_torch_routing_gradient_is_autograds():
     logits_TE, grad_TK = torch.randn(5, 6, requires_grad=True), torch.randn(5, 2)
     for normalise in (False, True):
-        weight_TK, expert_TK = route(logits_TE, None, "noaux_tc", 3, 2, 2, normalise, 2.5)
+        weight_TK, expert_TK = moe_dispatch.torch_route(logits_TE, None, "noaux_tc", 3, 2, 2, normalise, 2.5)
         (expected,) = torch.autograd.grad(weight_TK, logits_TE, grad_TK)
         grad_TE = moe_dispatch.torch_route_backward(grad_TK, logits_TE.detach(), expert_TK, normalise, 2.5)
         assert (grad_TE - expected).abs().max() <= ROUTING
@@ -164,7 +164,8 @@ def test_what_the_kernels_miss_is_named(monkeypatch):
 def test_where_kernels_do_not_run_grouped_mm_does_and_says_so(monkeypatch):
     warnings = []
     monkeypatch.setattr(moe_dispatch.logger, "warning_once", warnings.append)
-    experts = AxK1Experts(random_config(1)).to("meta", torch.bfloat16)
+    config = AxK1Config.preset("nano")
+    experts = AxK1Experts(config).to("meta", torch.bfloat16)
     x_TH = torch.empty(2, experts.hidden_dim, device="meta", dtype=torch.bfloat16)
     ids = torch.zeros(2, 1, dtype=torch.long, device="meta")
     assert axk1_experts_forward(experts, x_TH, ids, torch.ones(2, 1, device="meta")).shape == x_TH.shape
