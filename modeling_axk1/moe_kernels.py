@@ -599,8 +599,15 @@ def launch_matmul(kernel, tile: Tile, grid: tuple, even: bool, *arguments, **con
     )  # fmt: skip
 
 
+def fitted(tile: Tile, columns: int) -> Tile:
+    """Half as many columns a tile where they divide the matrix evenly and the whole ones do not (2,688 of the Light model)."""
+    half = tile.columns // 2
+    return tile._replace(columns=half) if columns % tile.columns and columns % half == 0 and half >= 16 else tile
+
+
 def launch_tiles(kernel, tile: Tile, tiles: int, columns: int, depth: int, *arguments, **constants) -> None:
     """Run a kernel whose programs are the schedule's tiles of rows times the tiles of columns."""
+    tile = fitted(tile, columns)
     even = columns % tile.columns == 0 and depth % tile.depth == 0
     launch_matmul(kernel, tile, (tiles * triton.cdiv(columns, tile.columns),), even, *arguments, **constants)
 
@@ -698,6 +705,7 @@ def weight_gradient(
 ) -> Tensor:
     """Gradient of a stacked weight [E, R, C]: a has R columns and b C; one is a row a token, the other a row a sorted pair."""
     experts, out_rows, columns = weight_ERC.shape
+    tile = fitted(tile, columns)
     out_ERC = torch.empty_like(weight_ERC)
     grid = (triton.cdiv(out_rows, tile.rows) * triton.cdiv(columns, tile.columns), experts)
     even = out_rows % tile.rows == 0 and columns % tile.columns == 0
@@ -775,7 +783,9 @@ def kernels_backward(
     grad_gate_up_P2I = torch.empty_like(gate_up_P2I)
     act_PI = x_TH.new_empty(pairs if need_down else 0, width)
     # Zeros: pairs of other ranks' experts are written by no program.
-    dot_NP = torch.zeros(triton.cdiv(width, tiles.act_backward.columns), pairs, dtype=torch.float32, device=x_TH.device)
+    dot_NP = torch.zeros(
+        triton.cdiv(width, fitted(tiles.act_backward, width).columns), pairs, dtype=torch.float32, device=x_TH.device
+    )
     launch_tiles(
         act_backward, tiles.act_backward, len(tile_M3), width, hidden,
         grad_TH, down_EHI, pair_P, tile_M3, gate_up_P2I, weight_TK, grad_gate_up_P2I, act_PI, dot_NP,

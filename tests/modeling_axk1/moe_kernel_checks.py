@@ -4,6 +4,7 @@ Functions and not tests, because Triton settles when it is imported whether it i
 """
 
 import random
+from unittest import mock
 
 import torch
 import triton
@@ -12,7 +13,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modeling_axk1 import moe_kernels
+from modeling_axk1 import moe_dispatch, moe_kernels
 from modeling_axk1.moe_dispatch import experts_op, forward_op, route_op, run_experts, torch_route
 from modeling_axk1.moe_reference import moe_reference
 from tests.random_experts import outputs_and_gradients, poisoned_memory, problem, relative_error
@@ -150,6 +151,22 @@ def check_ties_go_to_the_lowest_id(device: str) -> None:
 def check_routing_operator(device: str) -> None:
     logits_TE = torch.randn(3, 6, device=device, requires_grad=True)
     torch.library.opcheck(route_op, (logits_TE, None, "noaux_tc", 3, 2, 2, True, 2.5))
+
+
+def check_recomputation_keeps_the_routing(device: str) -> None:
+    """Gradient checkpointing routes once, and the gradients are the same."""
+    model = ours(random_config(8, num_hidden_layers=2)).to(device).train()
+    sparse = model.config.mlp_layer_types.count("sparse")
+    input_ids = padded_ids(model.config, tokens=5)[0].to(device)
+    gradients = []
+    for recompute in (False, True):
+        model.recompute_selectively(recompute)
+        model.zero_grad()
+        with mock.patch.object(moe_dispatch, "kernels_route", wraps=moe_dispatch.kernels_route) as routings:
+            model(input_ids, labels=input_ids).loss.backward()
+        assert routings.call_count == sparse, f"{routings.call_count} routings of {sparse} layers"
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
 def check_in_models(device: str) -> None:
