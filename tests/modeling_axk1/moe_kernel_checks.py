@@ -99,6 +99,21 @@ def check_other_strides(device: str) -> None:
         assert torch.equal(a, b)
 
 
+def check_keeps_what_a_dense_layer_would(device: str) -> None:
+    """For backward: layer input, gate/up output, and the routing itself."""
+    leaves = [t.requires_grad_(t.is_floating_point()) for t in on(device, problem(7, 3, 2, "random"))]
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run_experts(*leaves)
+    given = {t.untyped_storage().data_ptr() for t in leaves}
+    assert [t.shape for place, t in kept.items() if place not in given] == [(7 * 2, 2 * 20)]
+
+
 def check_frozen(device: str) -> None:
     """A frozen input changes no other gradient."""
     inputs = on(device, problem(7, 3, 2, "random"))
