@@ -36,6 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .cache_axk1 import grow_in_place
 from .configuration_axk1 import AxK1Config
 from .generation_axk1 import ThinkingGenerationMixin
+from .mla_kernels import attend_latents_op, takes
 from .moe_dispatch import axk1_experts_forward, missing_for_kernels, route_op
 
 # Registered here and not in __init__.py, which a Hub folder with remote code never runs.
@@ -319,7 +320,14 @@ class AxK1Attention(nn.Module):
         latent_BSL, k_rope_BSD = latent_B1SL[:, 0], k_rope_B1SD[:, 0]
         up_NDL = self.kv_b_proj.weight.view(N, self.nope + self.value, -1)
         w_key, w_value = up_NDL.split([self.nope, self.value], dim=1)
-        q_absorbed = (q_nope @ w_key).reshape(B, N * Q, -1)
+        q_absorbed = q_nope @ w_key
+        eager = self.config._attn_implementation == "eager"
+        if Q == 1 and not eager and steps_on_kernels(q_absorbed, q_rope, latent_BSL, k_rope_BSD):
+            mask = spelled_out(attention_mask, latent_BSL)
+            mask_BS = None if mask is None else mask[:, 0, -1].expand(B, -1)
+            context = attend_latents_op(q_absorbed[:, :, 0], q_rope[:, :, 0], latent_BSL, k_rope_BSD, mask_BS, self.scaling)
+            return (context[:, :, None] @ w_value.mT).transpose(1, 2), None
+        q_absorbed = q_absorbed.reshape(B, N * Q, -1)
         # The long matrix on the left: with it transposed on the right, CPU matmuls take up to twice as long.
         scores = torch.baddbmm(
             latent_BSL @ q_absorbed.mT,
@@ -332,7 +340,20 @@ class AxK1Attention(nn.Module):
         context = (weights.view(B, N * Q, -1) @ latent_BSL).view(B, N, Q, -1)
         output = (context @ w_value.mT).transpose(1, 2)
         # Like the expanded form: only eager attention has weights to show.
-        return output, weights if self.config._attn_implementation == "eager" else None
+        return output, weights if eager else None
+
+
+def steps_on_kernels(*tensors: Tensor) -> bool:
+    """Whether mla_kernels.py can take a decoding step on these tensors: a GPU it supports, one dtype, no gradient."""
+    return not (torch.is_grad_enabled() or missing_for_kernels(tensors[0].device)) and takes(*tensors)
+
+
+def spelled_out(mask: Tensor | None, latent_BSL: Tensor) -> Tensor | None:
+    """A decoding step's mask, in whichever of the forms that `masked_softmax` knows, as [B, 1, 1, S]."""
+    B, S, _ = latent_BSL.shape
+    if isinstance(mask, BlockMask):
+        return create_mask(mask.mask_mod, B, 1, 1, S, device=latent_BSL.device)
+    return mask[:, None, None, -S:].bool() if mask is not None and mask.dim() == 2 else mask
 
 
 def masked_softmax(scores_BNQS: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Do the GPU kernels compute what the obvious loop computes, and do they compile?
 
-The checks of moe_kernel_checks.py run in Triton's interpreter on CPU, and the same ones on a GPU where there is one. Every
+The checks of kernel_checks.py run in Triton's interpreter on CPU, and the same ones on a GPU where there is one. Every
 kernel is compiled for three architectures, for which no GPU has to be there.
 """
 
@@ -11,11 +11,11 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from modeling_axk1 import moe_kernels
+from modeling_axk1 import mla_kernels, moe_kernels
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; pip install triton (Linux)")
 
-from tests.modeling_axk1 import moe_kernel_checks as checks  # noqa: E402
+from tests.modeling_axk1 import kernel_checks as checks  # noqa: E402
 
 CASES = [
     dict(routing="random", tokens=1, experts=6, top_k=2, hidden=64, width=32),
@@ -48,6 +48,8 @@ CHECKS = [
     checks.check_routing_operator,
     checks.check_recomputation_keeps_the_routing,
     checks.check_in_models,
+    checks.check_decoding_steps,
+    checks.check_attention_operator,
     checks.check_refusals,
 ]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False")
@@ -100,6 +102,11 @@ def test_routing_equals_the_router(interpreted, method, experts, groups, top_gro
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("mask", ["none", "bool", "add", "nothing seen"])
+def test_attention_over_latents_equals_torch(interpreted, mask):
+    interpreted(checks.check_attention, mask=mask, heads=17, tokens=70, latent=36, rope=8)
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=check_name)
 def test_in_the_interpreter(interpreted, check):
     interpreted(check)
@@ -123,6 +130,11 @@ OTHERS = {
     "count": dict(BINS=256, BLOCK=moe_kernels.PAIR_BLOCK),
     "place": dict(ROWS=128, BINS=256, BLOCK=moe_kernels.PAIR_BLOCK, COMPARED=moe_kernels.COMPARED),
     "combine": dict(WEIGHTED=True, PAIRS=8, COLUMNS=moe_kernels.COMBINED // 8),
+    "attend": dict(
+        MASK="bool", HEADS=mla_kernels.HEADS, TOKENS=mla_kernels.TOKENS, PADDED_LATENT=512, PADDED_ROPE=64,
+        PRECISION="ieee",
+    ),
+    "merge": dict(PARTS=66, PADDED=128, COLUMNS=mla_kernels.MERGED // 128),
 }  # fmt: skip
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # The tiles for sm_80 serve its successors with less shared memory too (8.6, 8.9, 12.0).
@@ -172,8 +184,8 @@ def test_matmuls_compile_for_other_sizes_and_dtypes(compiling, name, architectur
 @pytest.mark.parametrize("architecture", TENSOR_CORES)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_kernels_compile(compiling, name, architecture):
-    warps = {"route": 1, "place": 8}.get(name, 4)
-    _, shared_bytes, cubin = compiling(name, architecture, "bf16", warps, 1, OTHERS[name])
+    warps, stages = {"route": (1, 1), "place": (8, 1), "attend": (8, 2)}.get(name, (4, 1))
+    _, shared_bytes, cubin = compiling(name, architecture, "bf16", warps, stages, OTHERS[name])
     assert cubin and shared_bytes <= SHARED_BYTES[architecture]
 
 
@@ -228,6 +240,14 @@ def test_on_gpu_routing_equals_the_router(method, experts, groups, top_groups, t
 @pytest.mark.parametrize("rows", [16, 128])
 def test_on_gpu_dispatch_is_a_stable_sort(rows):
     checks.check_schedule("cuda", tokens=5000, experts=192, top_k=8, rows=rows)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("mask", ["none", "bool", "add", "nothing seen"])
+@pytest.mark.parametrize("tokens, dtype", [(70, torch.float32), (5000, torch.bfloat16)])
+def test_on_gpu_attention_over_latents_equals_torch(mask, tokens, dtype):
+    checks.check_attention("cuda", mask, heads=64, tokens=tokens, latent=512, rope=64, dtype=dtype)
 
 
 @pytest.mark.gpu

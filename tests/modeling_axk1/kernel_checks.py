@@ -13,12 +13,13 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modeling_axk1 import moe_dispatch, moe_kernels
+from modeling_axk1 import mla_kernels, moe_dispatch, moe_kernels
+from modeling_axk1.mla_kernels import kernels_attend_latents
 from modeling_axk1.moe_dispatch import experts_op, forward_op, route_op, run_experts, torch_route
 from modeling_axk1.moe_reference import moe_reference
 from tests.random_experts import outputs_and_gradients, poisoned_memory, problem, relative_error
 from tests.random_models import ours, padded_ids, random_config
-from tests.tolerances import EXPERTS, GRADIENT, PREFILL, ROUTING
+from tests.tolerances import CACHED_STEP, EXPERTS, GRADIENT, PREFILL, ROUTING
 
 # Neither is a multiple of the interpreter's tiles (32), both have more than one.
 UNEVEN = {"hidden": 40, "width": 36}
@@ -224,6 +225,48 @@ def check_refusals(device: str) -> None:
             raise AssertionError(f"no error that says {words!r}")
 
 
+def check_attention(
+    device: str, mask: str, heads: int, tokens: int, latent: int, rope: int, dtype: torch.dtype = torch.float32
+) -> None:
+    """One new token a row over a cache with room to grow; the first row is padded on the left."""
+    query_BNL, query_BND = torch.randn(2, heads, latent).to(dtype), torch.randn(2, heads, rope).to(dtype)
+    latent_BSL, rope_BSD = (torch.randn(2, tokens + 9, size).to(dtype)[:, :tokens] for size in (latent, rope))
+    seen_BS = torch.ones(2, tokens, dtype=torch.bool)
+    seen_BS[0, : tokens if mask == "nothing seen" else 2 * tokens // 3] = False
+    added_BS = torch.zeros(2, tokens).masked_fill(~seen_BS, torch.finfo(torch.float32).min)
+    mask_BS = {"none": None, "bool": seen_BS, "add": added_BS, "nothing seen": seen_BS}[mask]
+    inputs = [query_BNL, query_BND, latent_BSL, rope_BSD]
+    expected = mla_kernels.torch_attend_latents(*(t.float() for t in inputs), mask_BS, 0.3)
+    inputs = [*on(device, inputs), None if mask_BS is None else mask_BS.to(device)]
+    with poisoned_memory():
+        context_BNL = mla_kernels.attend_latents_op(*inputs, 0.3)
+    allowed = EXPERTS if dtype == torch.float32 else 1.5 * relative_error(
+        mla_kernels.torch_attend_latents(*inputs, 0.3), expected
+    )  # fmt: skip
+    assert relative_error(context_BNL, expected) <= allowed
+
+
+def check_attention_operator(device: str) -> None:
+    inputs = on(device, [torch.randn(2, 3, 12), torch.randn(2, 3, 4), torch.randn(2, 5, 12), torch.randn(2, 5, 4)])
+    torch.library.opcheck(mla_kernels.attend_latents_op, (*inputs, None, 0.3))
+
+
+def check_decoding_steps(device: str) -> None:
+    """Cached steps of a left-padded batch are the full pass, and each attends by the kernels."""
+    model = ours(random_config(3)).to(device)
+    input_ids, mask = (t.to(device) for t in padded_ids(model.config, tokens=9))
+    with (
+        torch.no_grad(),
+        mock.patch.object(mla_kernels, "kernels_attend_latents", wraps=kernels_attend_latents) as used,
+    ):
+        expected = model(input_ids, attention_mask=mask).logits
+        cache = model(input_ids[:, :7], attention_mask=mask[:, :7]).past_key_values
+        for end in (8, 9):
+            step = model(input_ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache)
+            assert (step.logits[:, 0] - expected[:, end - 1]).abs().max() <= CACHED_STEP
+    assert used.call_count == 2 * model.config.num_hidden_layers
+
+
 def check_cuda_graph(device: str) -> None:
     """Forward and backward captured once, replayed on other tokens and another routing."""
     inputs = on(device, problem(40, 6, 2, "random", dtype=torch.bfloat16, hidden=64, width=32))
@@ -269,12 +312,24 @@ def check_random_shapes(device: str, shapes: int = 1000) -> None:
             assert relative_error(result, truth) <= 2 * EXPERTS, options
 
 
-DIMENSIONS = ("width", "hidden", "columns", "depth", "out_rows")
-COUNTS = ("pairs", "experts", "blocks", "tiles", "top_k")
+DIMENSIONS = (
+    "width",
+    "hidden",
+    "columns",
+    "depth",
+    "out_rows",
+    "latent",
+    "rope",
+    "latent_stride",
+    "rope_stride",
+    "part_tokens",
+)
+COUNTS = ("pairs", "experts", "blocks", "tiles", "top_k", "heads", "tokens", "mask_stride")
 POINTERS = {
     "*i64": ("expert_P", "expert_TK"),
     "*i32": ("pair_P", "tile_M3", "start_E", "count_BE"),
-    "*fp32": ("weight_P", "dot_NP", "logits_TE", "bias_E", "weight_TK", "grad_TK", "grad_TE"),
+    "*fp32": ("weight_P", "dot_NP", "logits_TE", "bias_E", "weight_TK", "grad_TK", "grad_TE", "sum_BPNL", "state_BPN2"),
+    "*i8": ("mask_BS",),
 }
 
 
@@ -282,7 +337,7 @@ def compiled(
     name: str, architecture: int, dtype: str, warps: int, stages: int, constants: dict
 ) -> tuple[str, int, bytes]:
     """PTX, bytes of shared memory and cubin of a kernel as K1's sizes launch it: aligned, dimensions multiples of 16."""
-    kernel = getattr(moe_kernels, name)
+    kernel = getattr(mla_kernels if name in ("attend", "merge") else moe_kernels, name)
     types = {argument: kind for kind, arguments in POINTERS.items() for argument in arguments}
     types |= dict.fromkeys((*DIMENSIONS, *COUNTS), "i32") | {"scale": "fp32"} | dict.fromkeys(constants, "constexpr")
     signature = {argument: types.get(argument, f"*{dtype}") for argument in kernel.arg_names}
