@@ -30,7 +30,7 @@ try:
     INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 except ImportError:
     # moe_dispatch.py then runs transformers' own experts, and says so.
-    triton, INTERPRETED = None, False
+    triton, tl, INTERPRETED = None, None, False
 
     def jit(kernel):
         return kernel

@@ -1,5 +1,9 @@
 """Do the fast experts compute what the obvious loop computes, outputs and every gradient?"""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -11,6 +15,8 @@ from modeling_axk1.moe_reference import moe_reference
 from tests.random_experts import outputs_and_gradients, poisoned_memory, problem, relative_error
 from tests.random_models import ours, padded_ids, random_config
 from tests.tolerances import EXPERTS, PREFILL, ROUTING
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 63, 257], ids="T{}".format)
@@ -145,6 +151,20 @@ def test_torch_routing_gradient_is_autograds():
         (expected,) = torch.autograd.grad(weight_TK, logits_TE, grad_TK)
         grad_TE = moe_dispatch.torch_route_backward(grad_TK, logits_TE.detach(), expert_TK, normalise, 2.5)
         assert (grad_TE - expected).abs().max() <= ROUTING
+
+
+def test_the_model_needs_no_triton():
+    code = """
+import sys
+sys.modules["triton"] = None  # its import fails
+import torch
+from modeling_axk1 import moe_kernels
+from tests.random_models import ours, random_config
+assert moe_kernels.triton is None
+print(ours(random_config(1))(torch.arange(5)[None]).logits.isfinite().all().item())
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "True", run.stderr
 
 
 def test_what_the_kernels_miss_is_named(monkeypatch):
