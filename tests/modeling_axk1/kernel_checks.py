@@ -1,11 +1,14 @@
-"""What must be true of the GPU kernels, on any device that runs them?  Checks for test_moe_kernels.py: each raises or is silent.
+"""What must be true of the GPU kernels, on any device that runs them?  Checks for the tests: each raises or is silent.
 
 Functions and not tests, because Triton settles when it is imported whether it interprets: a process of its own runs these.
 """
 
 import random
+from collections.abc import Callable
+from importlib import import_module
 from unittest import mock
 
+import pytest
 import torch
 import triton
 from torch import Tensor
@@ -21,12 +24,20 @@ from tests.random_experts import outputs_and_gradients, poisoned_memory, problem
 from tests.random_models import ours, padded_ids, random_config
 from tests.tolerances import CACHED_STEP, EXPERTS, GRADIENT, PREFILL, ROUTING
 
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# The tiles for sm_80 serve its successors with less shared memory too (8.6, 8.9, 12.0).
+SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False")
 # Neither is a multiple of the interpreter's tiles (32), both have more than one.
 UNEVEN = {"hidden": 40, "width": 36}
 
 
 def on(device: str, inputs: list[Tensor]) -> list[Tensor]:
     return [t.to(device) for t in inputs]
+
+
+def check_name(check: Callable) -> str:
+    return check.__name__.removeprefix("check_")
 
 
 def check_against_reference(device: str, routing: str, tokens: int, experts: int, top_k: int, **sizes: int) -> None:
@@ -142,7 +153,7 @@ def check_routing(
     options = (method, groups, top_groups, top_k, normalise, 2.5)
     results = []
     for run, place in ((torch_route, "cpu"), (route_op, device)):
-        leaf = logits_TE.to(place).requires_grad_()
+        leaf = logits_TE.clone().to(place).requires_grad_()
         with poisoned_memory():
             weight_TK, expert_TK = run(leaf, None if bias_E is None else bias_E.to(place), *options)
             # By expert, so that an order of the choices does not count.
@@ -334,10 +345,10 @@ POINTERS = {
 
 
 def compiled(
-    name: str, architecture: int, dtype: str, warps: int, stages: int, constants: dict
+    module: str, name: str, architecture: int, dtype: str, warps: int, stages: int, constants: dict
 ) -> tuple[str, int, bytes]:
     """PTX, bytes of shared memory and cubin of a kernel as K1's sizes launch it: aligned, dimensions multiples of 16."""
-    kernel = getattr(mla_kernels if name in ("attend", "merge") else moe_kernels, name)
+    kernel = getattr(import_module(f"modeling_axk1.{module}"), name)
     types = {argument: kind for kind, arguments in POINTERS.items() for argument in arguments}
     types |= dict.fromkeys((*DIMENSIONS, *COUNTS), "i32") | {"scale": "fp32"} | dict.fromkeys(constants, "constexpr")
     signature = {argument: types.get(argument, f"*{dtype}") for argument in kernel.arg_names}

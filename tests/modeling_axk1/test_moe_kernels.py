@@ -4,14 +4,10 @@ The checks of kernel_checks.py run in Triton's interpreter on CPU, and the same 
 kernel is compiled for three architectures, for which no GPU has to be there.
 """
 
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
-
 import pytest
 import torch
 
-from modeling_axk1 import mla_kernels, moe_kernels
+from modeling_axk1 import moe_kernels
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; pip install triton (Linux)")
 
@@ -48,36 +44,31 @@ CHECKS = [
     checks.check_routing_operator,
     checks.check_recomputation_keeps_the_routing,
     checks.check_in_models,
-    checks.check_decoding_steps,
-    checks.check_attention_operator,
     checks.check_refusals,
 ]
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False")
-
-
-@contextmanager
-def process(interpret: str):
-    """A function that runs another one in a process of its own, started with TRITON_INTERPRET set so."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TRITON_INTERPRET", interpret)
-        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        pool.submit(torch.set_num_threads, 1).result()
-    with pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    with process(interpret="1") as run:
-        yield lambda check, **kwargs: run(check, "cpu", **kwargs)
+# Each matmul of a layer: its tile, its kernel, its constants.
+MATMULS = {
+    "up": ("up", "up", dict(KEEP=True)),
+    "down": ("down", "rows", dict(TRANSPOSED=False)),
+    "down backward": ("down", "rows", dict(TRANSPOSED=True)),
+    "act_backward": ("act_backward", "act_backward", dict(ACT=True)),
+    "outer, a gathered": ("outer", "outer", dict(GATHER_A=True)),
+    "outer, b gathered": ("outer", "outer", dict(GATHER_A=False)),
+}
+OTHERS = {
+    "route": dict(
+        BIASED=True, NORMALISE=True, TOP_TWO=True, GROUPS=8, TOP_GROUPS=4, TOP_K=8, PADDED_GROUPS=8, PADDED_SIZE=32,
+        PADDED_K=8,
+    ),
+    "route_backward": dict(NORMALISE=True, PADDED_K=8, BINS=256),
+    "count": dict(BINS=256, BLOCK=moe_kernels.PAIR_BLOCK),
+    "place": dict(ROWS=128, BINS=256, BLOCK=moe_kernels.PAIR_BLOCK, COMPARED=moe_kernels.COMPARED),
+    "combine": dict(WEIGHTED=True, PAIRS=8, COLUMNS=moe_kernels.COMBINED // 8),
+}  # fmt: skip
 
 
 def case_name(case: dict) -> str:
     return "-".join(str(value) for value in case.values())
-
-
-def check_name(check) -> str:
-    return check.__name__.removeprefix("check_")
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_name)
@@ -102,49 +93,9 @@ def test_routing_equals_the_router(interpreted, method, experts, groups, top_gro
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mask", ["none", "bool", "add", "nothing seen"])
-def test_attention_over_latents_equals_torch(interpreted, mask):
-    interpreted(checks.check_attention, mask=mask, heads=17, tokens=70, latent=36, rope=8)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=check_name)
+@pytest.mark.parametrize("check", CHECKS, ids=checks.check_name)
 def test_in_the_interpreter(interpreted, check):
     interpreted(check)
-
-
-# Each matmul of a layer: its tile, its kernel, its constants.
-MATMULS = {
-    "up": ("up", "up", dict(KEEP=True)),
-    "down": ("down", "rows", dict(TRANSPOSED=False)),
-    "down backward": ("down", "rows", dict(TRANSPOSED=True)),
-    "act_backward": ("act_backward", "act_backward", dict(ACT=True)),
-    "outer, a gathered": ("outer", "outer", dict(GATHER_A=True)),
-    "outer, b gathered": ("outer", "outer", dict(GATHER_A=False)),
-}
-OTHERS = {
-    "route": dict(
-        BIASED=True, NORMALISE=True, TOP_TWO=True, GROUPS=8, TOP_GROUPS=4, TOP_K=8, PADDED_GROUPS=8, PADDED_SIZE=32,
-        PADDED_K=8,
-    ),
-    "route_backward": dict(NORMALISE=True, PADDED_K=8, BINS=256),
-    "count": dict(BINS=256, BLOCK=moe_kernels.PAIR_BLOCK),
-    "place": dict(ROWS=128, BINS=256, BLOCK=moe_kernels.PAIR_BLOCK, COMPARED=moe_kernels.COMPARED),
-    "combine": dict(WEIGHTED=True, PAIRS=8, COLUMNS=moe_kernels.COMBINED // 8),
-    "attend": dict(
-        MASK="bool", HEADS=mla_kernels.HEADS, TOKENS=mla_kernels.TOKENS, PADDED_LATENT=512, PADDED_ROPE=64,
-        PRECISION="ieee",
-    ),
-    "merge": dict(PARTS=66, PADDED=128, COLUMNS=mla_kernels.MERGED // 128),
-}  # fmt: skip
-TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-# The tiles for sm_80 serve its successors with less shared memory too (8.6, 8.9, 12.0).
-SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-
-
-@pytest.fixture(scope="module")
-def compiling():
-    with process(interpret="0") as run:
-        yield lambda *args: run(checks.compiled, *args)
 
 
 def compiled_matmul(compiling, name: str, architecture: int, dtype: torch.dtype, tokens: int, even: bool = True):
@@ -155,16 +106,16 @@ def compiled_matmul(compiling, name: str, architecture: int, dtype: torch.dtype,
         PRECISION="ieee",
     )  # fmt: skip
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    return compiling(kernel, architecture, short, tile.warps, tile.stages, constants)
+    return compiling("moe_kernels", kernel, architecture, short, tile.warps, tile.stages, constants)
 
 
-@pytest.mark.parametrize("architecture", TENSOR_CORES)
+@pytest.mark.parametrize("architecture", checks.TENSOR_CORES)
 @pytest.mark.parametrize("name", MATMULS)
 def test_matmuls_compile_to_tensor_cores(compiling, name, architecture):
     ptx, shared_bytes, cubin = compiled_matmul(compiling, name, architecture, torch.bfloat16, tokens=16384)
-    assert cubin and TENSOR_CORES[architecture] in ptx
+    assert cubin and checks.TENSOR_CORES[architecture] in ptx
     assert "cp.async" in ptx, "loads do not overlap with the matmul"
-    assert shared_bytes <= SHARED_BYTES[architecture]
+    assert shared_bytes <= checks.SHARED_BYTES[architecture]
 
 
 @pytest.mark.parametrize(
@@ -178,15 +129,15 @@ def test_matmuls_compile_to_tensor_cores(compiling, name, architecture):
 )
 def test_matmuls_compile_for_other_sizes_and_dtypes(compiling, name, architecture, dtype, tokens, even):
     _, shared_bytes, cubin = compiled_matmul(compiling, name, architecture, dtype, tokens, even)
-    assert cubin and shared_bytes <= SHARED_BYTES[architecture]
+    assert cubin and shared_bytes <= checks.SHARED_BYTES[architecture]
 
 
-@pytest.mark.parametrize("architecture", TENSOR_CORES)
+@pytest.mark.parametrize("architecture", checks.TENSOR_CORES)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_kernels_compile(compiling, name, architecture):
-    warps, stages = {"route": (1, 1), "place": (8, 1), "attend": (8, 2)}.get(name, (4, 1))
-    _, shared_bytes, cubin = compiling(name, architecture, "bf16", warps, stages, OTHERS[name])
-    assert cubin and shared_bytes <= SHARED_BYTES[architecture]
+    warps = {"route": 1, "place": 8}.get(name, 4)
+    _, shared_bytes, cubin = compiling("moe_kernels", name, architecture, "bf16", warps, 1, OTHERS[name])
+    assert cubin and shared_bytes <= checks.SHARED_BYTES[architecture]
 
 
 @pytest.mark.parametrize(
@@ -214,14 +165,14 @@ def test_only_a_failed_compile_is_called_one(error, expected):
 
 
 @pytest.mark.gpu
-@on_gpu
+@checks.on_gpu
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_on_gpu_outputs_and_gradients_equal_the_reference(case):
     checks.check_against_reference("cuda", **case)
 
 
 @pytest.mark.gpu
-@on_gpu
+@checks.on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens, hidden, width", [(5, 256, 128), (300, 256, 128), (300, 200, 72)])
 def test_on_gpu_half_precision_is_no_less_accurate_than_the_reference(dtype, tokens, hidden, width):
@@ -229,29 +180,21 @@ def test_on_gpu_half_precision_is_no_less_accurate_than_the_reference(dtype, tok
 
 
 @pytest.mark.gpu
-@on_gpu
+@checks.on_gpu
 @pytest.mark.parametrize("method, experts, groups, top_groups, top_k, biased, normalise", ROUTING)
 def test_on_gpu_routing_equals_the_router(method, experts, groups, top_groups, top_k, biased, normalise):
     checks.check_routing("cuda", method, experts, groups, top_groups, top_k, biased, normalise)
 
 
 @pytest.mark.gpu
-@on_gpu
+@checks.on_gpu
 @pytest.mark.parametrize("rows", [16, 128])
 def test_on_gpu_dispatch_is_a_stable_sort(rows):
     checks.check_schedule("cuda", tokens=5000, experts=192, top_k=8, rows=rows)
 
 
 @pytest.mark.gpu
-@on_gpu
-@pytest.mark.parametrize("mask", ["none", "bool", "add", "nothing seen"])
-@pytest.mark.parametrize("tokens, dtype", [(70, torch.float32), (5000, torch.bfloat16)])
-def test_on_gpu_attention_over_latents_equals_torch(mask, tokens, dtype):
-    checks.check_attention("cuda", mask, heads=64, tokens=tokens, latent=512, rope=64, dtype=dtype)
-
-
-@pytest.mark.gpu
-@on_gpu
-@pytest.mark.parametrize("check", [*CHECKS, checks.check_cuda_graph, checks.check_random_shapes], ids=check_name)
+@checks.on_gpu
+@pytest.mark.parametrize("check", [*CHECKS, checks.check_cuda_graph, checks.check_random_shapes], ids=checks.check_name)
 def test_on_gpu(check):
     check("cuda")

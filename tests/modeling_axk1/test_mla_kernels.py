@@ -1,0 +1,67 @@
+"""Does the decoding step's kernel attend as torch's operators do, and does it compile?  See test_moe_kernels.py for how."""
+
+import pytest
+import torch
+
+from modeling_axk1 import mla_kernels
+
+pytest.importorskip("triton", reason="Triton is not installed; pip install triton (Linux)")
+
+from tests.modeling_axk1 import kernel_checks as checks  # noqa: E402
+
+MASKS = ["none", "bool", "add", "nothing seen"]
+CHECKS = [checks.check_decoding_steps, checks.check_attention_operator]
+# As launched at K1's sizes with 16,384 cached tokens.
+KERNELS = {
+    "attend": dict(
+        MASK="bool", HEADS=mla_kernels.HEADS, TOKENS=mla_kernels.TOKENS, PADDED_LATENT=512, PADDED_ROPE=64,
+        PRECISION="ieee",
+    ),
+    "merge": dict(PARTS=66, PADDED=128, COLUMNS=mla_kernels.MERGED // 128),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_over_latents_equals_torch(interpreted, mask):
+    interpreted(checks.check_attention, mask=mask, heads=17, tokens=70, latent=36, rope=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_less_accurate_than_torch(interpreted, dtype):
+    interpreted(checks.check_attention, mask="bool", heads=3, tokens=70, latent=36, rope=8, dtype=dtype)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=checks.check_name)
+def test_in_the_interpreter(interpreted, check):
+    interpreted(check)
+
+
+def test_split_covers_the_cache_in_whole_tiles():
+    for batch, heads, tokens in ((1, 64, 1), (1, 64, 16384), (1, 16, 131072), (300, 64, 33), (2, 3, 32)):
+        parts, part_tokens = mla_kernels.split(batch, heads, tokens)
+        assert part_tokens % mla_kernels.TOKENS == 0
+        assert (parts - 1) * part_tokens < tokens <= parts * part_tokens
+    assert mla_kernels.split(1, 64, 16384)[0] >= 60, "too few programs to fill a GPU"
+
+
+@pytest.mark.parametrize("architecture", checks.TENSOR_CORES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compile(compiling, name, architecture):
+    warps, stages = (8, 2) if name == "attend" else (4, 1)
+    _, shared_bytes, cubin = compiling("mla_kernels", name, architecture, "bf16", warps, stages, KERNELS[name])
+    assert cubin and shared_bytes <= checks.SHARED_BYTES[80]
+
+
+@pytest.mark.gpu
+@checks.on_gpu
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("tokens, dtype", [(70, torch.float32), (5000, torch.bfloat16)])
+def test_on_gpu_attention_over_latents_equals_torch(mask, tokens, dtype):
+    checks.check_attention("cuda", mask, heads=64, tokens=tokens, latent=512, rope=64, dtype=dtype)
+
+
+@pytest.mark.gpu
+@checks.on_gpu
+@pytest.mark.parametrize("check", CHECKS, ids=checks.check_name)
+def test_on_gpu(check):
+    check("cuda")
