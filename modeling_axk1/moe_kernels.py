@@ -216,6 +216,7 @@ def place(
     experts,
     blocks,
     tiles,
+    ALONE: tl.constexpr,
     ROWS: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -224,25 +225,29 @@ def place(
     """Where each pair of a block goes: behind all pairs of lower experts and the earlier ones of its own.
 
     Writes pair_P (the pairs in sorted order), start_E (E + 1 row numbers) and the schedule: expert, first row and end of the
-    expert's rows for each tile of ROWS rows, expert -1 past the last. Pairs of experts outside 0..E-1 go nowhere.
+    expert's rows for each tile of ROWS rows, expert -1 past the last. Pairs of experts outside 0..E-1 go nowhere. ALONE: there
+    is one block, which counts for itself; so has a decoding step one kernel fewer.
     """
     block = tl.program_id(0)
     e = tl.arange(0, BINS)
+    p = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(expert_P + p, mask=p < pairs, other=-1).to(tl.int32)
+    ours = (expert >= 0) & (expert < experts)
     total_E = tl.zeros([BINS], tl.int32)
     before_E = tl.zeros([BINS], tl.int32)
-    for first in range(0, blocks, COMPARED):
-        b = first + tl.arange(0, COMPARED)
-        counts_BE = tl.load(count_BE + b[:, None] * BINS + e[None, :], mask=(b < blocks)[:, None], other=0)
-        total_E += tl.sum(counts_BE, 0)
-        before_E += tl.sum(tl.where((b < block)[:, None], counts_BE, 0), 0)
+    if ALONE:
+        total_E = tl.histogram(expert, BINS, mask=ours)
+    else:
+        for first in range(0, blocks, COMPARED):
+            b = first + tl.arange(0, COMPARED)
+            counts_BE = tl.load(count_BE + b[:, None] * BINS + e[None, :], mask=(b < blocks)[:, None], other=0)
+            total_E += tl.sum(counts_BE, 0)
+            before_E += tl.sum(tl.where((b < block)[:, None], counts_BE, 0), 0)
     end_E = tl.cumsum(total_E, 0)
     start = end_E - total_E
     if block == 0:
         tl.store(start_E + e, start, mask=e <= experts)
 
-    p = block * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(expert_P + p, mask=p < pairs, other=-1).to(tl.int32)
-    ours = (expert >= 0) & (expert < experts)
     rank = tl.zeros([BLOCK], tl.int32)
     for first in range(0, BLOCK, COMPARED):
         q = block * BLOCK + first + tl.arange(0, COMPARED)
@@ -674,10 +679,11 @@ def sort_pairs(expert_TK: Tensor, experts: int, rows_a_tile: int) -> tuple[Tenso
     pair_P, start_E1 = torch.empty(pairs, **new), torch.empty(experts + 1, **new)
     # As many as there can be: each hit expert has one tile with a row and then one every rows_a_tile rows.
     tile_M3 = torch.empty(hit + (pairs - hit) // rows_a_tile, 3, **new)
-    launch(count, (blocks,), expert_TK, count_BE, pairs, experts, BINS=bins, BLOCK=PAIR_BLOCK)
+    if blocks > 1:
+        launch(count, (blocks,), expert_TK, count_BE, pairs, experts, BINS=bins, BLOCK=PAIR_BLOCK)
     launch(
         place, (blocks,), expert_TK, count_BE, pair_P, start_E1, tile_M3, pairs, experts, blocks, len(tile_M3),
-        ROWS=rows_a_tile, BINS=bins, BLOCK=PAIR_BLOCK, COMPARED=COMPARED, warps=8,
+        ALONE=blocks == 1, ROWS=rows_a_tile, BINS=bins, BLOCK=PAIR_BLOCK, COMPARED=COMPARED, warps=8,
     )  # fmt: skip
     return pair_P, start_E1, tile_M3
 

@@ -55,16 +55,17 @@ MATMULS = {
     "outer, a gathered": ("outer", "outer", dict(GATHER_A=True)),
     "outer, b gathered": ("outer", "outer", dict(GATHER_A=False)),
 }
+# The other kernels: their warps and constants.
+SORT = dict(ROWS=128, BINS=256, BLOCK=moe_kernels.PAIR_BLOCK, COMPARED=moe_kernels.COMPARED)
+GROUPED = dict(GROUPS=8, TOP_GROUPS=4, TOP_K=8, PADDED_GROUPS=8, PADDED_SIZE=32, PADDED_K=8)
 OTHERS = {
-    "route": dict(
-        BIASED=True, NORMALISE=True, TOP_TWO=True, GROUPS=8, TOP_GROUPS=4, TOP_K=8, PADDED_GROUPS=8, PADDED_SIZE=32,
-        PADDED_K=8,
-    ),
-    "route_backward": dict(NORMALISE=True, PADDED_K=8, BINS=256),
-    "count": dict(BINS=256, BLOCK=moe_kernels.PAIR_BLOCK),
-    "place": dict(ROWS=128, BINS=256, BLOCK=moe_kernels.PAIR_BLOCK, COMPARED=moe_kernels.COMPARED),
-    "combine": dict(WEIGHTED=True, PAIRS=8, COLUMNS=moe_kernels.COMBINED // 8),
-}  # fmt: skip
+    "route": ("route", 1, dict(BIASED=True, NORMALISE=True, TOP_TWO=True, **GROUPED)),
+    "route_backward": ("route_backward", 4, dict(NORMALISE=True, PADDED_K=8, BINS=256)),
+    "count": ("count", 4, dict(BINS=256, BLOCK=moe_kernels.PAIR_BLOCK)),
+    "place": ("place", 8, dict(ALONE=False, **SORT)),
+    "place, one block": ("place", 8, dict(ALONE=True, **SORT)),
+    "combine": ("combine", 4, dict(WEIGHTED=True, PAIRS=8, COLUMNS=moe_kernels.COMBINED // 8)),
+}
 
 
 def case_name(case: dict) -> str:
@@ -80,9 +81,9 @@ def test_bf16_is_no_less_accurate_than_the_reference(interpreted):
     interpreted(checks.check_half_precision, dtype=torch.bfloat16, tokens=65, **checks.UNEVEN)
 
 
-@pytest.mark.parametrize("rows", [16, 64])
-def test_dispatch_is_a_stable_sort_and_its_tiles_cover_it(interpreted, rows):
-    interpreted(checks.check_schedule, tokens=300, experts=5, top_k=4, rows=rows)
+@pytest.mark.parametrize("tokens, rows", [(100, 16), (300, 16), (300, 64)])
+def test_dispatch_is_a_stable_sort_and_its_tiles_cover_it(interpreted, tokens, rows):
+    interpreted(checks.check_schedule, tokens=tokens, experts=5, top_k=4, rows=rows)
 
 
 @pytest.mark.parametrize("method, experts, groups, top_groups, top_k, biased, normalise", ROUTING)
@@ -135,8 +136,8 @@ def test_matmuls_compile_for_other_sizes_and_dtypes(compiling, name, architectur
 @pytest.mark.parametrize("architecture", checks.TENSOR_CORES)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_kernels_compile(compiling, name, architecture):
-    warps = {"route": 1, "place": 8}.get(name, 4)
-    _, shared_bytes, cubin = compiling("moe_kernels", name, architecture, "bf16", warps, 1, OTHERS[name])
+    kernel, warps, constants = OTHERS[name]
+    _, shared_bytes, cubin = compiling("moe_kernels", kernel, architecture, "bf16", warps, 1, constants)
     assert cubin and shared_bytes <= checks.SHARED_BYTES[architecture]
 
 
