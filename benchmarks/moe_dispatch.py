@@ -3,6 +3,7 @@
   python benchmarks/moe_dispatch.py             # a GPU: checks, then measures; none: the prediction on paper
   python benchmarks/moe_dispatch.py --paper     # the prediction, bytes and FLOPs of every kernel
   python benchmarks/moe_dispatch.py --record    # appends to results.csv
+  python benchmarks/moe_dispatch.py --tune      # times other tiles, for the tables of moe_kernels.py
 
 bf16, K1's and Light's shapes. Every candidate is compared with the eager loop before it is timed. The limits are measured in
 the same run: copying memory, and one large matmul. The prediction of a kernel is the larger of its bytes over the bandwidth
@@ -13,6 +14,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -254,20 +256,65 @@ def measure(options: argparse.Namespace) -> None:
         del experts
 
 
+def variants(tile: moe_kernels.Tile) -> list[moe_kernels.Tile]:
+    """The tile and its neighbours: other columns, depths, stages and warps. The rows stay, the kernels share them."""
+    changes = [
+        {},
+        *({"columns": tile.columns * n // 2} for n in (1, 4)),
+        *({"depth": tile.depth * n // 2} for n in (1, 4)),
+    ]
+    changes += [{"stages": tile.stages + n} for n in (-1, 1)] + [{"warps": 12 - tile.warps}]
+    return [tile._replace(**change) for change in changes]
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Milliseconds of forward (and backward) with each variant of one kernel's tile; a tile too large for the GPU says so."""
+    shape, timed = shape_of(options.shapes[0]), []
+    experts = experts_layer(shape, "cuda", torch.bfloat16)
+    for tokens in (8, 16384):
+        x, ids, weights = inputs_of(shape, tokens, "cuda", torch.bfloat16)
+        layer = (x, ids, weights, experts.gate_up_proj.data, experts.down_proj.data)
+        tiles = moe_kernels.tiles_for(moe_kernels.capability(x), x.dtype, tokens)
+        for part in tiles._fields if tokens > moe_kernels.SMALL_BATCH else tiles._fields[:2]:
+            for tile in variants(getattr(tiles, part)):
+                changed = tiles._replace(**{part: tile})
+                with mock.patch.object(moe_kernels, "tiles_for", lambda *_, changed=changed: changed):
+                    try:
+                        ms = time_of_layer(layer, backward=part in ("act_backward", "outer"), rounds=options.rounds)
+                    except moe_kernels.CompileError as error:
+                        print(f"{tokens} tokens, {part}, {tuple(tile)}: {error}")
+                        continue
+                timed.append((tokens, part, ms, tile))
+    table = Table("tokens", "kernel", "milliseconds", *moe_kernels.Tile._fields, title=torch.cuda.get_device_name())
+    for tokens, part, ms, tile in sorted(timed):
+        table.add_row(str(tokens), part, f"{ms:.3f}", *map(str, tile))
+    Console(width=130).print(table)
+
+
+def time_of_layer(layer: tuple, backward: bool, rounds: int) -> float:
+    gate_up = moe_kernels.kernels_forward(*layer, backward)[1]
+    if backward:
+        return medians_ms(
+            {"": lambda: moe_kernels.kernels_backward(layer[0], *layer, gate_up, True, True)}, rounds, "tune"
+        )[""]
+    return medians_ms({"": lambda: moe_kernels.kernels_forward(*layer, False)}, rounds, "tune")[""]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--shapes", nargs="+", choices=["k1", "light"], default=["k1", "light"])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate (default: %(default)s)")
     parser.add_argument("--paper", action="store_true", help="only the prediction")
+    parser.add_argument("--tune", action="store_true", help="time other tiles on the first of the shapes")
     parser.add_argument("--record", action="store_true", help="append the figures to results.csv")
     options = parser.parse_args()
     if options.paper or not torch.cuda.is_available():
         print("No figure here is measured" + (":" if options.paper else ", because there is no CUDA device:"))
         print_paper(H200_BYTES_A_SECOND, H200_FLOPS)
-    else:
-        torch.manual_seed(0)
-        measure(options)
+        return
+    torch.manual_seed(0)
+    (tune if options.tune else measure)(options)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,18 @@ def check_half_precision(device: str, dtype: torch.dtype, tokens: int, **sizes: 
         assert 0 < error <= allowed, f"relative error {error:.1e}, allowed {allowed:.1e}"
 
 
+def check_tiles_of_gpus(device: str) -> None:
+    """The tiles that GPUs get, in the interpreter: even sizes, so that nothing is masked but the rows."""
+    inputs = problem(70, 3, 2, "foreign", hidden=256, width=256)
+    with mock.patch.object(moe_dispatch, "missing_for_kernels", lambda device: "the oracle is the CPU loop"):
+        expected = outputs_and_gradients(run_experts, inputs)
+    for tiles in (moe_kernels.HOPPER, moe_kernels.AMPERE):
+        with mock.patch.object(moe_kernels, "INTERPRETER", tiles), poisoned_memory():
+            results = outputs_and_gradients(run_experts, inputs)
+        for result, truth in zip(results, expected):
+            assert relative_error(result, truth) <= EXPERTS
+
+
 def check_nothing_to_do(device: str) -> None:
     """No tokens, and tokens whose experts are all on other ranks."""
     for tokens, routing in ((0, "random"), (5, "absent")):

@@ -94,6 +94,10 @@ def test_routing_equals_the_router(interpreted, method, experts, groups, top_gro
     )  # fmt: skip
 
 
+def test_tiles_of_gpus_compute_the_same(interpreted):
+    interpreted(checks.check_tiles_of_gpus)
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=checks.check_name)
 def test_in_the_interpreter(interpreted, check):
     interpreted(check)
