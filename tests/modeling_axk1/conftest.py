@@ -27,8 +27,5 @@ def interpreted():
 
 @pytest.fixture(scope="session")
 def compiling():
-    """`kernel_checks.compiled` where Triton does not interpret."""
-    from tests.modeling_axk1.kernel_checks import compiled
-
     with process(interpret="0") as run:
-        yield lambda *args: run(compiled, *args)
+        yield run

@@ -4,8 +4,9 @@ Functions and not tests, because Triton settles when it is imported whether it i
 """
 
 import random
-from collections.abc import Callable
-from importlib import import_module
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -14,7 +15,6 @@ import triton
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from modeling_axk1 import mla_kernels, moe_dispatch, moe_kernels
 from modeling_axk1.mla_kernels import kernels_attend_latents
@@ -335,39 +335,68 @@ def check_random_shapes(device: str, shapes: int = 1000) -> None:
             assert relative_error(result, truth) <= 2 * EXPERTS, options
 
 
-DIMENSIONS = (
-    "width",
-    "hidden",
-    "columns",
-    "depth",
-    "out_rows",
-    "latent",
-    "rope",
-    "latent_stride",
-    "rope_stride",
-    "part_tokens",
-)
-COUNTS = ("pairs", "experts", "blocks", "tiles", "top_k", "heads", "tokens", "mask_stride")
-POINTERS = {
-    "*i64": ("expert_P", "expert_TK"),
-    "*i32": ("pair_P", "tile_M3", "start_E", "count_BE"),
-    "*fp32": ("weight_P", "dot_NP", "logits_TE", "bias_E", "weight_TK", "grad_TK", "grad_TE", "sum_BPNL", "state_BPN2"),
-    "*i8": ("mask_BS",),
-}
+class Compiled(NamedTuple):
+    kernel: str
+    ptx: str
+    shared_bytes: int
+    cubin_bytes: int
 
 
-def compiled(
-    module: str, name: str, architecture: int, dtype: str, warps: int, stages: int, constants: dict
-) -> tuple[str, int, bytes]:
-    """PTX, bytes of shared memory and cubin of a kernel as K1's sizes launch it: aligned, dimensions multiples of 16."""
-    kernel = getattr(import_module(f"modeling_axk1.{module}"), name)
-    types = {argument: kind for kind, arguments in POINTERS.items() for argument in arguments}
-    types |= dict.fromkeys((*DIMENSIONS, *COUNTS), "i32") | {"scale": "fp32"} | dict.fromkeys(constants, "constexpr")
-    signature = {argument: types.get(argument, f"*{dtype}") for argument in kernel.arg_names}
-    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name in DIMENSIONS]
-    binary = triton.compile(
-        ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
-    )
-    return binary.asm["ptx"], binary.metadata.shared, binary.asm["cubin"]
+class NoDevice:
+    """What Triton asks a driver before it compiles a launch: the target, and no more."""
+
+    def __init__(self, architecture: int):
+        self.get_current_target = lambda: GPUTarget("cuda", architecture, 32)
+        # A kernel keeps what it has compiled by the device's number.
+        self.get_current_device = self.get_current_stream = lambda *_: architecture
+
+
+@contextmanager
+def compiling_for(architecture: int) -> Iterator[list[Compiled]]:
+    """Inside, launches compile for a GPU that need not be there, from their own arguments; nothing runs."""
+    compiled = []
+
+    def compile_launch(kernel, grid, *arguments, warps=4, stages=1, **constants) -> None:
+        options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        binary = kernel.warmup(*arguments, grid=grid, **options, **constants)
+        compiled.append(Compiled(kernel.__name__, binary.asm["ptx"], binary.metadata.shared, len(binary.asm["cubin"])))
+
+    triton.runtime.driver.set_active(NoDevice(architecture))
+    with (
+        mock.patch.object(moe_kernels, "launch", compile_launch),
+        mock.patch.object(mla_kernels, "launch", compile_launch),
+        mock.patch.object(moe_kernels, "capability", lambda tensor: divmod(architecture, 10)),
+    ):
+        yield compiled
+
+
+def compiled_experts(architecture: int, dtype: torch.dtype, tokens: int, hidden: int, width: int) -> list[Compiled]:
+    """Every kernel of a layer's forward and backward."""
+    x, *layer = problem(tokens, 4, 2, "random", dtype=dtype, hidden=hidden, width=width)
+    with compiling_for(architecture) as compiled:
+        _, gate_up = moe_kernels.kernels_forward(x, *layer, keep=True)
+        moe_kernels.kernels_backward(x, x, *layer, gate_up, True, True)
+    return compiled
+
+
+def compiled_routing(architecture: int) -> list[Compiled]:
+    """Grouped with a bias, and plain."""
+    with compiling_for(architecture) as compiled:
+        for bias_E, options in (
+            (torch.zeros(192), ("noaux_tc", 8, 4, 8, True, 2.5)),
+            (None, ("greedy", 1, 1, 1, False, 1.0)),
+        ):
+            weight_TK, expert_TK = moe_kernels.kernels_route(torch.zeros(5, 192), bias_E, *options)
+            moe_kernels.kernels_route_backward(weight_TK, torch.zeros(5, 192), expert_TK, *options[-2:])
+    return compiled
+
+
+def compiled_attention(architecture: int) -> list[Compiled]:
+    """At K1's sizes, with many tokens and with one, and with every kind of mask."""
+    with compiling_for(architecture) as compiled:
+        for tokens, mask_BS in ((64, None), (64, torch.ones(1, 64, dtype=torch.bool)), (1, torch.zeros(1, 1))):
+            query_BNL, query_BND, latent_BSL, rope_BSD = (
+                torch.empty(1, rows, size, dtype=torch.bfloat16) for rows in (64, tokens) for size in (512, 64)
+            )
+            mla_kernels.kernels_attend_latents(query_BNL, query_BND, latent_BSL, rope_BSD, mask_BS, 0.3)
+    return compiled

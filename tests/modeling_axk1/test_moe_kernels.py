@@ -46,26 +46,7 @@ CHECKS = [
     checks.check_in_models,
     checks.check_refusals,
 ]
-# Each matmul of a layer: its tile, its kernel, its constants.
-MATMULS = {
-    "up": ("up", "up", dict(KEEP=True)),
-    "down": ("down", "rows", dict(TRANSPOSED=False)),
-    "down backward": ("down", "rows", dict(TRANSPOSED=True)),
-    "act_backward": ("act_backward", "act_backward", dict(ACT=True)),
-    "outer, a gathered": ("outer", "outer", dict(GATHER_A=True)),
-    "outer, b gathered": ("outer", "outer", dict(GATHER_A=False)),
-}
-# The other kernels: their warps and constants.
-SORT = dict(ROWS=128, BINS=256, BLOCK=moe_kernels.PAIR_BLOCK, COMPARED=moe_kernels.COMPARED)
-GROUPED = dict(GROUPS=8, TOP_GROUPS=4, TOP_K=8, PADDED_GROUPS=8, PADDED_SIZE=32, PADDED_K=8)
-OTHERS = {
-    "route": ("route", 1, dict(BIASED=True, NORMALISE=True, TOP_TWO=True, **GROUPED)),
-    "route_backward": ("route_backward", 4, dict(NORMALISE=True, PADDED_K=8, BINS=256)),
-    "count": ("count", 4, dict(BINS=256, BLOCK=moe_kernels.PAIR_BLOCK)),
-    "place": ("place", 8, dict(ALONE=False, **SORT)),
-    "place, one block": ("place", 8, dict(ALONE=True, **SORT)),
-    "combine": ("combine", 4, dict(WEIGHTED=True, PAIRS=8, COLUMNS=moe_kernels.COMBINED // 8)),
-}
+MATMULS = {"up", "rows", "act_backward", "outer"}
 
 
 def case_name(case: dict) -> str:
@@ -103,46 +84,36 @@ def test_in_the_interpreter(interpreted, check):
     interpreted(check)
 
 
-def compiled_matmul(compiling, name: str, architecture: int, dtype: torch.dtype, tokens: int, even: bool = True):
-    part, kernel, constants = MATMULS[name]
-    tile = getattr(moe_kernels.tiles_for(divmod(architecture, 10), dtype, tokens), part)
-    constants = constants | dict(
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=moe_kernels.TILE_GROUP, EVEN=even,
-        PRECISION="ieee",
-    )  # fmt: skip
-    short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    return compiling("moe_kernels", kernel, architecture, short, tile.warps, tile.stages, constants)
-
-
 @pytest.mark.parametrize("architecture", checks.TENSOR_CORES)
-@pytest.mark.parametrize("name", MATMULS)
-def test_matmuls_compile_to_tensor_cores(compiling, name, architecture):
-    ptx, shared_bytes, cubin = compiled_matmul(compiling, name, architecture, torch.bfloat16, tokens=16384)
-    assert cubin and checks.TENSOR_CORES[architecture] in ptx
-    assert "cp.async" in ptx, "loads do not overlap with the matmul"
-    assert shared_bytes <= checks.SHARED_BYTES[architecture]
+def test_kernels_compile_to_tensor_cores(compiling, architecture):
+    compiled = compiling(checks.compiled_experts, architecture, torch.bfloat16, tokens=300, hidden=256, width=256)
+    assert {c.kernel for c in compiled} == {"count", "place", "combine", *MATMULS}
+    for kernel, ptx, shared_bytes, cubin_bytes in compiled:
+        assert cubin_bytes and shared_bytes <= checks.SHARED_BYTES[architecture], kernel
+        if kernel in MATMULS:
+            assert checks.TENSOR_CORES[architecture] in ptx, kernel
+            assert "cp.async" in ptx, f"{kernel}: loads do not overlap with the matmul"
 
 
 @pytest.mark.parametrize(
-    "name, architecture, dtype, tokens, even",
+    "architecture, dtype, tokens, hidden, width",
     [
-        ("up", 80, torch.bfloat16, 64, True),
-        ("down", 90, torch.bfloat16, 1, True),
-        ("up", 90, torch.float16, 16384, False),
-        ("act_backward", 90, torch.float32, 16384, False),
+        (80, torch.bfloat16, 64, 256, 256),
+        (90, torch.bfloat16, 1, 256, 256),
+        (80, torch.float16, 65, 40, 36),
+        (90, torch.float32, 65, 64, 64),
     ],
 )
-def test_matmuls_compile_for_other_sizes_and_dtypes(compiling, name, architecture, dtype, tokens, even):
-    _, shared_bytes, cubin = compiled_matmul(compiling, name, architecture, dtype, tokens, even)
-    assert cubin and shared_bytes <= checks.SHARED_BYTES[architecture]
+def test_kernels_compile_for_other_sizes_and_dtypes(compiling, architecture, dtype, tokens, hidden, width):
+    compiled = compiling(checks.compiled_experts, architecture, dtype, tokens, hidden, width)
+    assert {c.kernel for c in compiled} == {"place", "combine", *MATMULS}
+    assert all(c.cubin_bytes and c.shared_bytes <= checks.SHARED_BYTES[architecture] for c in compiled)
 
 
 @pytest.mark.parametrize("architecture", checks.TENSOR_CORES)
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_kernels_compile(compiling, name, architecture):
-    kernel, warps, constants = OTHERS[name]
-    _, shared_bytes, cubin = compiling("moe_kernels", kernel, architecture, "bf16", warps, 1, constants)
-    assert cubin and shared_bytes <= checks.SHARED_BYTES[architecture]
+def test_routing_compiles(compiling, architecture):
+    compiled = compiling(checks.compiled_routing, architecture)
+    assert [c.kernel for c in compiled] == 2 * ["route", "route_backward"] and all(c.cubin_bytes for c in compiled)
 
 
 @pytest.mark.parametrize(
