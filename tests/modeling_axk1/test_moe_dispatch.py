@@ -19,6 +19,12 @@ from tests.tolerances import EXPERTS, PREFILL, ROUTING
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def without_interpreter(monkeypatch):
+    """The CPU path is meant here, even if TRITON_INTERPRET is set."""
+    monkeypatch.setattr(moe_dispatch, "INTERPRETED", False)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 63, 257], ids="T{}".format)
 @pytest.mark.parametrize(
     "experts, top_k, routing", [(6, 2, "random"), (6, 6, "random"), (40, 2, "random"), (6, 2, "one"), (6, 2, "foreign")]
@@ -169,7 +175,6 @@ print(ours(random_config(1))(torch.arange(5)[None]).logits.isfinite().all().item
 
 def test_what_the_kernels_miss_is_named(monkeypatch):
     gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(moe_dispatch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "interpreter is off; set TRITON_INTERPRET=1" in missing_for_kernels(torch.device("cpu"))
     assert "for NVIDIA GPUs and this is mps" in missing_for_kernels(torch.device("mps"))
