@@ -244,21 +244,21 @@ def place(
             total_E += tl.sum(counts_BE, 0)
             before_E += tl.sum(tl.where((b < block)[:, None], counts_BE, 0), 0)
     end_E = tl.cumsum(total_E, 0)
-    start = end_E - total_E
+    first_E = end_E - total_E
     if block == 0:
-        tl.store(start_E + e, start, mask=e <= experts)
+        tl.store(start_E + e, first_E, mask=e <= experts)
 
     rank = tl.zeros([BLOCK], tl.int32)
     for first in range(0, BLOCK, COMPARED):
         q = block * BLOCK + first + tl.arange(0, COMPARED)
         other = tl.load(expert_P + q, mask=q < pairs, other=-1).to(tl.int32)
         rank += tl.sum(((other[None, :] == expert[:, None]) & (q[None, :] < p[:, None])).to(tl.int32), 1)
-    row = tl.gather(start + before_E, tl.where(ours, expert, 0), 0) + rank
+    row = tl.gather(first_E + before_E, tl.where(ours, expert, 0), 0) + rank
     tl.store(pair_P + row, p, mask=ours)
 
     tiles_E = (total_E + ROWS - 1) // ROWS
     last_E = tl.cumsum(tiles_E, 0)
-    shift_E = start - (last_E - tiles_E) * ROWS
+    shift_E = first_E - (last_E - tiles_E) * ROWS
     for first in range(block * COMPARED, tiles, blocks * COMPARED):
         m = first + tl.arange(0, COMPARED)
         # Experts whose tiles all lie before tile m: as many as m's own expert has before it, and all of them past the end.
@@ -799,6 +799,8 @@ def kernels_backward(
     )  # fmt: skip
     if need_down:
         grad_down = weight_gradient(grad_TH, act_PI, sorted_pairs, top_k, down_EHI, tiles.outer, gather_a=True)
+    # Half a gigabyte at K1's size, less at the peak that follows.
+    del act_PI
     if need_gate_up:
         grad_gate_up = weight_gradient(
             grad_gate_up_P2I, x_TH, sorted_pairs, top_k, gate_up_E2IH, tiles.outer, gather_a=False
