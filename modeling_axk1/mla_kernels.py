@@ -24,7 +24,8 @@ PROGRAMS = 264
 MERGED = 4096
 
 
-@jit
+# What grows with the cache is not specialised, or a generation would wait while kernels compile anew.
+@jit(do_not_specialize=["tokens", "mask_stride"])
 def attend(
     query_BNL,
     query_BND,
@@ -94,21 +95,19 @@ def attend(
     tl.store(state_BPN2 + place * 2 + 1, total, mask=n < heads)
 
 
-@jit
-def merge(
-    sum_BPNL, state_BPN2, out_BNL, heads, latent, PARTS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr
-):
+@jit(do_not_specialize=["parts"])
+def merge(sum_BPNL, state_BPN2, out_BNL, heads, latent, parts, PADDED: tl.constexpr, COLUMNS: tl.constexpr):
     """The softmax over all parts from those of each part, in fp32."""
     batch, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p, c = tl.arange(0, PADDED), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    place = (batch * PARTS + p) * heads + n
-    real = p < PARTS
+    place = (batch * parts + p) * heads + n
+    real = p < parts
     best = tl.load(state_BPN2 + place * 2, mask=real, other=float("-inf"))
     scale = tl.exp(best - tl.max(best, 0))
     total = tl.sum(tl.load(state_BPN2 + place * 2 + 1, mask=real, other=0.0) * scale, 0)
     inside = c < latent
-    parts = tl.load(sum_BPNL + place[:, None] * latent + c[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-    store(out_BNL + (batch * heads + n) * latent + c, tl.sum(parts * scale[:, None], 0) / total, inside)
+    sums = tl.load(sum_BPNL + place[:, None] * latent + c[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+    store(out_BNL + (batch * heads + n) * latent + c, tl.sum(sums * scale[:, None], 0) / total, inside)
 
 
 def split(batch: int, heads: int, tokens: int) -> tuple[int, int]:
@@ -151,8 +150,8 @@ def kernels_attend_latents(
     out_BNL, padded = torch.empty_like(query_BNL), triton.next_power_of_2(parts)
     columns = max(16, MERGED // padded)
     launch(
-        merge, (batch, heads, triton.cdiv(latent, columns)), sum_BPNL, state_BPN2, out_BNL, heads, latent,
-        PARTS=parts, PADDED=padded, COLUMNS=columns,
+        merge, (batch, heads, triton.cdiv(latent, columns)), sum_BPNL, state_BPN2, out_BNL, heads, latent, parts,
+        PADDED=padded, COLUMNS=columns,
     )  # fmt: skip
     return out_BNL
 

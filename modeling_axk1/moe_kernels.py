@@ -32,8 +32,8 @@ except ImportError:
     # moe_dispatch.py then runs transformers' own experts, and says so.
     triton, tl, INTERPRETED = None, None, False
 
-    def jit(kernel):
-        return kernel
+    def jit(kernel=None, **options):
+        return kernel or jit
 
 
 # Compute capabilities of GPUs with 227 KB of shared memory a program (others: 99 KB at least) and warp-group matmuls.
@@ -195,7 +195,8 @@ def route_backward(
     tl.store(grad_TE + token * experts + e, row, mask=e < experts)
 
 
-@jit
+# What varies with the number of tokens is not specialised, or new lengths would be waited for while kernels compile anew.
+@jit(do_not_specialize=["pairs"])
 def count(expert_P, count_BE, pairs, experts, BINS: tl.constexpr, BLOCK: tl.constexpr):
     """How many of a block's pairs chose each expert."""
     block = tl.program_id(0)
@@ -205,7 +206,7 @@ def count(expert_P, count_BE, pairs, experts, BINS: tl.constexpr, BLOCK: tl.cons
     tl.store(count_BE + block * BINS + tl.arange(0, BINS), counts)
 
 
-@jit
+@jit(do_not_specialize=["pairs", "blocks", "tiles"])
 def place(
     expert_P,
     count_BE,
@@ -353,7 +354,7 @@ def product(
     return acc
 
 
-@jit
+@jit(do_not_specialize=["tiles"])
 def up(
     x_TH,
     weight_E2IH,
@@ -400,7 +401,7 @@ def up(
             store(at + width, value, stored)
 
 
-@jit
+@jit(do_not_specialize=["tiles"])
 def rows(
     a_PD,
     weight,
@@ -488,7 +489,7 @@ def swiglu_backward(
     return dot
 
 
-@jit
+@jit(do_not_specialize=["tiles", "pairs"])
 def act_backward(
     grad_TH,
     weight_EHI,

@@ -340,6 +340,7 @@ class Compiled(NamedTuple):
     ptx: str
     shared_bytes: int
     cubin_bytes: int
+    hash: str
 
 
 class NoDevice:
@@ -359,7 +360,8 @@ def compiling_for(architecture: int) -> Iterator[list[Compiled]]:
     def compile_launch(kernel, grid, *arguments, warps=4, stages=1, **constants) -> None:
         options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
         binary = kernel.warmup(*arguments, grid=grid, **options, **constants)
-        compiled.append(Compiled(kernel.__name__, binary.asm["ptx"], binary.metadata.shared, len(binary.asm["cubin"])))
+        asm, shared_bytes = binary.asm, binary.metadata.shared
+        compiled.append(Compiled(kernel.__name__, asm["ptx"], shared_bytes, len(asm["cubin"]), binary.hash))
 
     triton.runtime.driver.set_active(NoDevice(architecture))
     with (
@@ -391,10 +393,11 @@ def compiled_routing(architecture: int) -> list[Compiled]:
     return compiled
 
 
-def compiled_attention(architecture: int) -> list[Compiled]:
-    """At K1's sizes, with many tokens and with one, and with every kind of mask."""
+def compiled_attention(architecture: int, tokens: int = 64) -> list[Compiled]:
+    """At K1's sizes, with every kind of mask."""
+    masks_BS = (None, torch.ones(1, tokens, dtype=torch.bool), torch.zeros(1, tokens))
     with compiling_for(architecture) as compiled:
-        for tokens, mask_BS in ((64, None), (64, torch.ones(1, 64, dtype=torch.bool)), (1, torch.zeros(1, 1))):
+        for mask_BS in masks_BS:
             query_BNL, query_BND, latent_BSL, rope_BSD = (
                 torch.empty(1, rows, size, dtype=torch.bfloat16) for rows in (64, tokens) for size in (512, 64)
             )

@@ -38,10 +38,17 @@ def test_split_covers_the_cache_in_whole_tiles():
 
 @pytest.mark.parametrize("architecture", checks.TENSOR_CORES)
 def test_kernels_compile(compiling, architecture):
-    compiled = compiling(checks.compiled_attention, architecture)
-    assert [c.kernel for c in compiled] == 3 * ["attend", "merge"]
+    compiled = compiling(checks.compiled_attention, architecture, tokens=1)
+    compiled += compiling(checks.compiled_attention, architecture)
+    assert [c.kernel for c in compiled] == 6 * ["attend", "merge"]
     # The least that a supported GPU has.
     assert all(c.cubin_bytes and c.shared_bytes <= checks.SHARED_BYTES[80] for c in compiled)
+
+
+def test_a_growing_cache_compiles_nothing_new(compiling):
+    """Until the number of its parts passes a power of two."""
+    before, after = ({c.hash for c in compiling(checks.compiled_attention, 90, tokens)} for tokens in (65, 112))
+    assert before == after
 
 
 @pytest.mark.gpu

@@ -88,7 +88,7 @@ def test_in_the_interpreter(interpreted, check):
 def test_kernels_compile_to_tensor_cores(compiling, architecture):
     compiled = compiling(checks.compiled_experts, architecture, torch.bfloat16, tokens=300, hidden=256, width=256)
     assert {c.kernel for c in compiled} == {"count", "place", "combine", *MATMULS}
-    for kernel, ptx, shared_bytes, cubin_bytes in compiled:
+    for kernel, ptx, shared_bytes, cubin_bytes, _ in compiled:
         assert cubin_bytes and shared_bytes <= checks.SHARED_BYTES[architecture], kernel
         if kernel in MATMULS:
             assert checks.TENSOR_CORES[architecture] in ptx, kernel
@@ -108,6 +108,14 @@ def test_kernels_compile_for_other_sizes_and_dtypes(compiling, architecture, dty
     compiled = compiling(checks.compiled_experts, architecture, dtype, tokens, hidden, width)
     assert {c.kernel for c in compiled} == {"place", "combine", *MATMULS}
     assert all(c.cubin_bytes and c.shared_bytes <= checks.SHARED_BYTES[architecture] for c in compiled)
+
+
+def test_other_numbers_of_tokens_compile_nothing_new(compiling):
+    few, more = (
+        {c.hash for c in compiling(checks.compiled_experts, 90, torch.bfloat16, tokens, hidden=256, width=256)}
+        for tokens in (257, 512)
+    )
+    assert few == more
 
 
 @pytest.mark.parametrize("architecture", checks.TENSOR_CORES)
