@@ -60,7 +60,7 @@ def missing_for_kernels(device: torch.device) -> str:
     if device.type != "cuda" or torch.version.hip:
         return f"its kernels are for NVIDIA GPUs and this is {'an AMD one' if torch.version.hip else device.type}"
     if triton is None:
-        return "Triton is not installed; pip install triton"
+        return "Triton 3.6 or newer is not installed; pip install 'triton>=3.6'"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         return (

@@ -179,7 +179,7 @@ def test_what_the_kernels_miss_is_named(monkeypatch):
     assert "interpreter is off; set TRITON_INTERPRET=1" in missing_for_kernels(torch.device("cpu"))
     assert "for NVIDIA GPUs and this is mps" in missing_for_kernels(torch.device("mps"))
     monkeypatch.setattr(moe_dispatch, "triton", None)
-    assert "pip install triton" in missing_for_kernels(gpu)
+    assert "pip install 'triton>=3.6'" in missing_for_kernels(gpu)
     monkeypatch.setattr(moe_dispatch, "triton", "there")
     assert "compute capability 7.5 and the kernels need 8.0; take" in missing_for_kernels(gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

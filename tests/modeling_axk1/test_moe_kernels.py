@@ -1,7 +1,8 @@
 """Do the GPU kernels compute what the obvious loop computes, and do they compile?
 
 The checks of kernel_checks.py run in Triton's interpreter on CPU, and the same ones on a GPU where there is one. Every
-kernel is compiled for three architectures, for which no GPU has to be there.
+kernel is compiled for three architectures, for which no GPU has to be there. On one, also under
+`compute-sanitizer python -m pytest -m gpu`, which finds reads and writes out of bounds.
 """
 
 import pytest
