@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from modeling_axk1 import AxK1Config, moe_dispatch
 from modeling_axk1.modeling_axk1 import AxK1Experts
 from modeling_axk1.moe_dispatch import axk1_experts_forward, experts_op, missing_for_kernels, run_experts
 from modeling_axk1.moe_reference import moe_reference
 from tests.random_experts import outputs_and_gradients, poisoned_memory, problem, relative_error
-from tests.random_models import ours, padded_ids, random_config
+from tests.random_models import ours, padded_ids, random_config, stock_twin
 from tests.tolerances import EXPERTS, PREFILL, ROUTING
 
 ROOT = Path(__file__).parents[2]
@@ -98,12 +98,24 @@ def test_implementations_are_one_model():
         assert relative_error(gradient, results["axk1"][1]) <= 1e-5, name
 
 
-def test_other_models_can_use_it():
-    config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        moe_intermediate_size=24, num_experts=5, num_experts_per_tok=2, intermediate_size=40,
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "glm4_moe"])
+def test_other_models_can_use_it(name):
+    sizes = dict(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        moe_intermediate_size=24, num_experts=5, n_routed_experts=5, num_experts_per_tok=2, intermediate_size=40,
+        first_k_dense_replace=0, n_group=1, topk_group=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8, pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    model = Qwen3MoeForCausalLM(config).eval()
+    config = CONFIG_MAPPING[name](**sizes)
+    assert_same_logits_with_axk1(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config).eval())
+
+
+def test_stock_axk1_can_use_it():
+    assert_same_logits_with_axk1(stock_twin(ours(random_config(8))))
+
+
+def assert_same_logits_with_axk1(model):
+    assert type(model).__module__.startswith("transformers.models"), "ours is no stranger"
     input_ids = torch.randint(0, 64, (2, 9))
     with torch.no_grad():
         expected = model(input_ids).logits
