@@ -569,14 +569,17 @@ def outer(
     a_at = a_rows + in_bounds(r, out_rows, EVEN)
     b_at = b_rows + in_bounds(column, columns, EVEN)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    d = tl.arange(0, DEPTH)
+    token = tl.load(pair_P + first + d, mask=first + d < end, other=0) // top_k
     for start in range(first, end, DEPTH):
-        p = start + tl.arange(0, DEPTH)
+        p = start + d
         live = p < end
-        token = tl.load(pair_P + p, mask=live, other=0) // top_k
         if GATHER_A:
             p_a, p_b = token, p
         else:
             p_a, p_b = p, token
+        # A step ahead: were the rows' loads to wait for it in the same step, Triton would overlap no more than one step.
+        token = tl.load(pair_P + p + DEPTH, mask=p + DEPTH < end, other=0) // top_k
         a = tl.load(a_at[:, None] + p_a.to(tl.int64)[None, :] * out_rows, mask=live[None, :], other=0.0)
         b = tl.load(b_at[None, :] + p_b.to(tl.int64)[:, None] * columns, mask=live[:, None], other=0.0)
         acc = add_product(a, b, acc, PRECISION)
