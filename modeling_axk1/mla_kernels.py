@@ -145,7 +145,7 @@ def kernels_attend_latents(
         query_BNL, query_BND, latent_BSL, rope_BSD, mask_BS, sum_BPNL, state_BPN2, heads, tokens, latent, rope,
         latent_BSL.stride(0), rope_BSD.stride(0), mask_BS.stride(0) if kind != "none" else 0, part_tokens, scale,
         MASK=kind, HEADS=HEADS, TOKENS=TOKENS, PADDED_LATENT=max(16, triton.next_power_of_2(latent)),
-        PADDED_ROPE=max(16, triton.next_power_of_2(rope)), PRECISION=precision(), warps=8, stages=2,
+        PADDED_ROPE=max(16, triton.next_power_of_2(rope)), PRECISION=precision(), warps=8, stages=3,
     )  # fmt: skip
     out_BNL, padded = torch.empty_like(query_BNL), triton.next_power_of_2(parts)
     columns = max(16, MERGED // padded)
