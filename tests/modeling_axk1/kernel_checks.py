@@ -4,6 +4,7 @@ Functions and not tests, because Triton settles when it is imported whether it i
 """
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -24,6 +25,8 @@ from tests.random_experts import outputs_and_gradients, poisoned_memory, problem
 from tests.random_models import ours, padded_ids, random_config
 from tests.tolerances import CACHED_STEP, EXPERTS, GRADIENT, PREFILL, ROUTING
 
+# A step's matmul waits for its own loads and not for those of the steps to come.
+LOADS_UNDER_WAY = re.compile(r"cp\.async\.wait_group\s+[1-9]")
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # The tiles for sm_80 serve its successors with less shared memory too (8.6, 8.9, 12.0).
 SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}

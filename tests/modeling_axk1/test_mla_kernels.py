@@ -41,6 +41,7 @@ def test_kernels_compile(compiling, architecture):
     compiled = compiling(checks.compiled_attention, architecture, tokens=1)
     compiled += compiling(checks.compiled_attention, architecture)
     assert [c.kernel for c in compiled] == 6 * ["attend", "merge"]
+    assert all(checks.LOADS_UNDER_WAY.search(c.ptx) for c in compiled if c.kernel == "attend")
     # The least that a supported GPU has.
     assert all(c.cubin_bytes and c.shared_bytes <= checks.SHARED_BYTES[80] for c in compiled)
 

@@ -5,8 +5,6 @@ kernel is compiled for three architectures, for which no GPU has to be there. On
 `compute-sanitizer python -m pytest -m gpu`, which finds reads and writes out of bounds.
 """
 
-import re
-
 import pytest
 import torch
 
@@ -95,9 +93,7 @@ def test_kernels_compile_to_tensor_cores(compiling, architecture):
         assert cubin_bytes and shared_bytes <= checks.SHARED_BYTES[architecture], kernel
         if kernel in MATMULS:
             assert checks.TENSOR_CORES[architecture] in ptx, kernel
-            assert re.search(r"cp\.async\.wait_group\s+[1-9]", ptx), (
-                f"{kernel}: no loads are under way behind a step's own"
-            )
+            assert checks.LOADS_UNDER_WAY.search(ptx), f"{kernel}: no loads are under way behind a step's own"
 
 
 @pytest.mark.parametrize(
