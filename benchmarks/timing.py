@@ -63,8 +63,11 @@ def commit() -> str:
     return run.stdout.strip() or "none"
 
 
-def record(benchmark: str, case: str, times_ms: dict[str, float], peer: str) -> None:
-    """Append one row a candidate to results.csv; the ratio is the peer's time over the candidate's: above 1 is faster."""
+def record(benchmark: str, case: str, times_ms: dict[str, float], peer: str, machine: str | None = None) -> None:
+    """Append one row a candidate to results.csv; the ratio is the peer's time over the candidate's: above 1 is faster.
+
+    `machine`: the GPU's name; the processor's unless given.
+    """
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
         writer = csv.writer(file)
@@ -74,7 +77,7 @@ def record(benchmark: str, case: str, times_ms: dict[str, float], peer: str) -> 
             writer.writerow(
                 [
                     datetime.date.today(), benchmark, case, name, f"{ms:.3f}", f"{times_ms[peer] / ms:.2f}",
-                    torch.get_num_threads(), processor_name(), torch.__version__, transformers.__version__, commit(),
+                    torch.get_num_threads(), machine or processor_name(), torch.__version__, transformers.__version__, commit(),
                 ]
             )  # fmt: skip
 

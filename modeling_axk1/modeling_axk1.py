@@ -36,7 +36,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .cache_axk1 import grow_in_place
 from .configuration_axk1 import AxK1Config
 from .generation_axk1 import ThinkingGenerationMixin
-from .moe_dispatch import axk1_experts_forward
+from .mla_kernels import attend_latents_op, takes
+from .moe_dispatch import axk1_experts_forward, missing_for_kernels, route_op
 
 # Registered here and not in __init__.py, which a Hub folder with remote code never runs.
 ALL_EXPERTS_FUNCTIONS.register("axk1", axk1_experts_forward)
@@ -319,7 +320,14 @@ class AxK1Attention(nn.Module):
         latent_BSL, k_rope_BSD = latent_B1SL[:, 0], k_rope_B1SD[:, 0]
         up_NDL = self.kv_b_proj.weight.view(N, self.nope + self.value, -1)
         w_key, w_value = up_NDL.split([self.nope, self.value], dim=1)
-        q_absorbed = (q_nope @ w_key).reshape(B, N * Q, -1)
+        q_absorbed = q_nope @ w_key
+        eager = self.config._attn_implementation == "eager"
+        if Q == 1 and not eager and steps_on_kernels(q_absorbed, q_rope, latent_BSL, k_rope_BSD):
+            mask = spelled_out(attention_mask, latent_BSL)
+            mask_BS = None if mask is None else mask[:, 0, -1].expand(B, -1)
+            context = attend_latents_op(q_absorbed[:, :, 0], q_rope[:, :, 0], latent_BSL, k_rope_BSD, mask_BS, self.scaling)
+            return (context[:, :, None] @ w_value.mT).transpose(1, 2), None
+        q_absorbed = q_absorbed.reshape(B, N * Q, -1)
         # The long matrix on the left: with it transposed on the right, CPU matmuls take up to twice as long.
         scores = torch.baddbmm(
             latent_BSL @ q_absorbed.mT,
@@ -332,7 +340,20 @@ class AxK1Attention(nn.Module):
         context = (weights.view(B, N * Q, -1) @ latent_BSL).view(B, N, Q, -1)
         output = (context @ w_value.mT).transpose(1, 2)
         # Like the expanded form: only eager attention has weights to show.
-        return output, weights if self.config._attn_implementation == "eager" else None
+        return output, weights if eager else None
+
+
+def steps_on_kernels(*tensors: Tensor) -> bool:
+    """Whether mla_kernels.py can take a decoding step on these tensors: a GPU it supports, one dtype, no gradient."""
+    return not (torch.is_grad_enabled() or missing_for_kernels(tensors[0].device)) and takes(*tensors)
+
+
+def spelled_out(mask: Tensor | None, latent_BSL: Tensor) -> Tensor | None:
+    """A decoding step's mask, in whichever of the forms that `masked_softmax` knows, as [B, 1, 1, S]."""
+    B, S, _ = latent_BSL.shape
+    if isinstance(mask, BlockMask):
+        return create_mask(mask.mask_mod, B, 1, 1, S, device=latent_BSL.device)
+    return mask[:, None, None, -S:].bool() if mask is not None and mask.dim() == 2 else mask
 
 
 def masked_softmax(scores_BNQS: Tensor, mask: Tensor | None) -> Tensor:
@@ -387,6 +408,14 @@ def choose_experts(
     return choice_TE.topk(top_k, dim=-1, sorted=False).indices
 
 
+def weigh_experts(scores_TE: Tensor, expert_TK: Tensor, normalise: bool, scale: float) -> Tensor:
+    """Routing weights [T, K] in the scores' dtype: the chosen scores, made to sum to 1 if `normalise`, times `scale`."""
+    weight_TK = scores_TE.gather(1, expert_TK)
+    if normalise:
+        weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    return weight_TK * scale
+
+
 class AxK1TopkRouter(nn.Module):
     """Sigmoid router in fp32 with auxiliary-loss-free balancing.
 
@@ -416,16 +445,20 @@ class AxK1TopkRouter(nn.Module):
         """Returns logits [T, E] fp32, routing weights [T, K] fp32 and expert ids [T, K] int64."""
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits_TE = F.linear(hidden_TH.to(torch.float32), self.weight.to(torch.float32))
-        scores_TE = logits_TE.sigmoid()
-        expert_TK = self.choose(scores_TE.detach())
-        weight_TK = scores_TE.gather(1, expert_TK)
-        if self.normalise:
-            weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        if missing_for_kernels(logits_TE.device):
+            scores_TE = logits_TE.sigmoid()
+            expert_TK = self.choose(scores_TE.detach())
+            weight_TK = weigh_experts(scores_TE, expert_TK, self.normalise, self.scale)
+        else:
+            weight_TK, expert_TK = route_op(
+                logits_TE, self.e_score_correction_bias, self.method, self.groups, self.top_groups, self.top_k,
+                self.normalise, self.scale,
+            )  # fmt: skip
         if self.training:
             # Overwritten, not added to: a recomputation under gradient checkpointing leaves it right.
             ones = torch.ones_like(expert_TK).flatten()
             self.expert_load.zero_().scatter_add_(0, expert_TK.flatten(), ones)
-        return logits_TE, weight_TK * self.scale, expert_TK
+        return logits_TE, weight_TK, expert_TK
 
     def choose(self, scores_TE: Tensor) -> Tensor:
         return choose_experts(
@@ -579,7 +612,7 @@ def keep_outputs_of(operators: list) -> tuple:
 
 def keep_routing() -> tuple:
     """For recomputing an MoE: the first pass's experts, so that a rounding difference cannot send a token elsewhere."""
-    return keep_outputs_of([torch.ops.aten.topk.default])
+    return keep_outputs_of([torch.ops.aten.topk.default, torch.ops.axk1.route.default])
 
 
 def keep_attention_core() -> tuple:

@@ -1,18 +1,32 @@
 """How do routed experts run fast?  The "axk1" implementation for transformers' experts seam, by the tensors' device.
 
-On CPU a loop over the hit experts with a backward of its own: token rows are gathered a few experts at a time, so they stay
-in cache, and every matmul writes straight into its place in the result. For backward it keeps the layer input and the gate/up
-output only. Autograd through the obvious loop would instead build one full-size zero gradient of the stacked weights for each
-expert.
+On an NVIDIA GPU the kernels of moe_kernels.py, which run on CPU tensors too where Triton's interpreter is switched on.
+Otherwise, on CPU, a loop over the hit experts with a backward of its own: token rows are gathered a few experts at a time, so
+they stay in cache, and every matmul writes straight into its place in the result. For backward both keep the layer input and
+the gate/up output only, in the same order. Autograd through the obvious loop would instead build one full-size zero gradient
+of the stacked weights for each expert.
 
 Axes: T tokens, K experts a token, P = T * K token-expert pairs sorted by expert, E experts, H hidden, I expert width.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
+
+from .moe_kernels import (
+    INTERPRETED,
+    OLDEST_CAPABILITY,
+    CompileError,
+    kernels_backward,
+    kernels_forward,
+    kernels_route,
+    kernels_route_backward,
+    triton,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -30,42 +44,62 @@ def axk1_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Te
     Returns [T, H] in the dtype of hidden_states. ValueError for experts with biases, other layouts or other activations.
     """
     check_layout(self)
-    if hidden_states.device.type != "cpu":
-        logger.warning_once(
-            f"experts_implementation='axk1' has no kernels for device '{hidden_states.device.type}' yet; "
-            "it runs transformers' 'grouped_mm' there."
-        )
+    missing = missing_for_kernels(hidden_states.device)
+    if missing and hidden_states.device.type != "cpu":
+        logger.warning_once(f"experts_implementation='axk1' runs transformers' 'grouped_mm' here, because {missing}.")
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     x_TH = hidden_states.to(self.gate_up_proj.dtype)
-    run = cpu_experts_op if torch.compiler.is_compiling() else cpu_experts
+    run = experts_op if torch.compiler.is_compiling() else run_experts
     return run(x_TH, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj).to(hidden_states.dtype)
 
 
+def missing_for_kernels(device: torch.device) -> str:
+    """What keeps the kernels of moe_kernels.py from running on a device, with the remedy; empty if nothing does."""
+    if device.type == "cpu":
+        return "" if INTERPRETED else "Triton's interpreter is off; set TRITON_INTERPRET=1"
+    if device.type != "cuda" or torch.version.hip:
+        return f"its kernels are for NVIDIA GPUs and this is {'an AMD one' if torch.version.hip else device.type}"
+    if triton is None:
+        return "Triton 3.6 or newer is not installed; pip install 'triton>=3.6'"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        return (
+            f"this GPU has compute capability {'.'.join(map(str, capability))} and the kernels need "
+            f"{'.'.join(map(str, OLDEST_CAPABILITY))}; take an A100 or newer"
+        )
+    return ""
+
+
 def check_layout(experts: nn.Module) -> None:
-    if experts.is_transposed or experts.has_bias or not experts.has_gate or not experts.is_concatenated:
+    # Older transformers know no norm after an expert.
+    normed = getattr(experts, "has_post_expert_norm", False)
+    if experts.is_transposed or experts.has_bias or not experts.has_gate or not experts.is_concatenated or normed:
         raise ValueError(
             f"experts_implementation='axk1' runs unbiased [gate; up] experts stored as [E, 2I, H] but {type(experts).__name__} "
             "differs; use 'grouped_mm' or 'eager'."
         )
-    if not isinstance(experts.act_fn, nn.SiLU) and type(experts.act_fn).__name__ != "SiLUActivation":
+    activation = type(experts.act_fn).__name__
+    # Some models clamp or scale in a gate of their own.
+    own_gate = type(experts)._apply_gate.__module__ != ALL_EXPERTS_FUNCTIONS.__module__
+    if own_gate or (not isinstance(experts.act_fn, nn.SiLU) and activation != "SiLUActivation"):
         raise ValueError(
-            f"experts_implementation='axk1' computes SwiGLU but the activation is {type(experts.act_fn).__name__}; "
-            "use 'grouped_mm' or 'eager'."
+            f"experts_implementation='axk1' computes SwiGLU but the activation is {activation}"
+            f"{' in a gate of its own' if own_gate else ''}; use 'grouped_mm' or 'eager'."
         )
 
 
-def cpu_experts(x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> Tensor:
+def run_experts(x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> Tensor:
     """Outside torch.compile: no operator overhead, and nothing is kept where nothing needs a gradient."""
     floats = (x_TH, weight_TK, gate_up_E2IH, down_EHI)
     if torch.is_grad_enabled() and any(t.requires_grad for t in floats):
-        return CpuExperts.apply(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI)
-    return experts_forward(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep=False)[0]
+        return Experts.apply(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI)
+    return forward_here(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep=False)[0]
 
 
-class CpuExperts(torch.autograd.Function):
+class Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI):
-        out_TH, gate_up_P2I = experts_forward(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep=True)
+        out_TH, gate_up_P2I = forward_here(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep=True)
         ctx.save_for_backward(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, gate_up_P2I)
         return out_TH
 
@@ -73,10 +107,49 @@ class CpuExperts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TH):
         need_x, _, need_weight, need_gate_up, need_down = ctx.needs_input_grad
-        grads = experts_backward(grad_TH, *ctx.saved_tensors, need_gate_up=need_gate_up, need_down=need_down)
+        grads = backward_here(grad_TH, *ctx.saved_tensors, need_gate_up=need_gate_up, need_down=need_down)
         wanted = (need_x, False, need_weight, need_gate_up, need_down)
         grads = (grads[0], None, *grads[1:])
         return tuple(grad if want else None for grad, want in zip(grads, wanted))
+
+
+# Devices on which a kernel has failed to compile: it is tried, and warned of, once.
+uncompiled: set[torch.device] = set()
+
+
+def here(kernels: Callable, otherwise: Callable, tensor: Tensor, *arguments):
+    """The kernels where they run, else torch: one signature, one result, whichever of them did the other direction."""
+    if tensor.device not in uncompiled and not missing_for_kernels(tensor.device):
+        try:
+            return kernels(tensor, *arguments)
+        except CompileError as error:
+            uncompiled.add(tensor.device)
+            logger.warning(
+                f"experts_implementation='axk1' runs in torch's operators on {tensor.device}, slower and not in CUDA graphs, "
+                f"because a kernel did not compile ({error}); mend that or use 'grouped_mm'."
+            )
+    return otherwise(tensor, *arguments)
+
+
+def forward_here(
+    x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    return here(kernels_forward, loop_forward, x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep)
+
+
+def backward_here(
+    grad_TH: Tensor,
+    x_TH: Tensor,
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+    gate_up_P2I: Tensor,
+    need_gate_up: bool,
+    need_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, gate_up_P2I)
+    return here(kernels_backward, loop_backward, grad_TH, *inputs, need_gate_up, need_down)
 
 
 def sort_pairs(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[Rows]]:
@@ -118,7 +191,7 @@ def grouped_outer(a_NF: Tensor, b_ND: Tensor, run: list[Rows], out_EFD: Tensor) 
         torch.mm(a.t(), b, out=out_EFD[expert])
 
 
-def experts_forward(
+def loop_forward(
     x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns the output [T, H] in x's dtype, summed in fp32, and the gate/up output [P, 2I] (no rows unless `keep`)."""
@@ -126,7 +199,7 @@ def experts_forward(
     pair_P, token_P, hits = sort_pairs(expert_TK, gate_up_E2IH.shape[0])
     weight_P1 = weight_TK.reshape(-1, 1)[pair_P].to(torch.promote_types(weight_TK.dtype, torch.float32))
     gate_up_P2I = x_TH.new_empty(pair_P.numel() if keep else 0, 2 * width)
-    out_TH = torch.zeros(tokens, hidden, dtype=torch.promote_types(x_TH.dtype, torch.float32))
+    out_TH = torch.zeros(tokens, hidden, dtype=torch.promote_types(x_TH.dtype, torch.float32), device=x_TH.device)
     for run in chunks(hits):
         start, end = run[0][1], run[-1][2]
         x_NH = x_TH.index_select(0, token_P[start:end])
@@ -139,7 +212,7 @@ def experts_forward(
     return out_TH.to(x_TH.dtype), gate_up_P2I
 
 
-def experts_backward(
+def loop_backward(
     grad_TH: Tensor,
     x_TH: Tensor,
     expert_TK: Tensor,
@@ -154,8 +227,8 @@ def experts_backward(
     width = down_EHI.shape[2]
     pair_P, token_P, hits = sort_pairs(expert_TK, gate_up_E2IH.shape[0])
     weight_P1 = weight_TK.reshape(-1, 1)[pair_P].to(torch.promote_types(weight_TK.dtype, torch.float32))
-    grad_x_TH = torch.zeros(x_TH.shape, dtype=torch.promote_types(x_TH.dtype, torch.float32))
-    grad_weight_P = torch.zeros(pair_P.numel(), dtype=weight_P1.dtype)
+    grad_x_TH = torch.zeros(x_TH.shape, dtype=torch.promote_types(x_TH.dtype, torch.float32), device=x_TH.device)
+    grad_weight_P = torch.zeros(pair_P.numel(), dtype=weight_P1.dtype, device=x_TH.device)
     grad_gate_up = empty_with_zero_rows(gate_up_E2IH, hits) if need_gate_up else gate_up_E2IH.new_empty(0)
     grad_down = empty_with_zero_rows(down_EHI, hits) if need_down else down_EHI.new_empty(0)
     for run in chunks(hits):
@@ -190,22 +263,23 @@ def empty_with_zero_rows(weight: Tensor, hits: list[Rows]) -> Tensor:
     return grad
 
 
-# Under torch.compile(fullgraph=True) the same two functions are opaque operators: their loops depend on the routing.
-cpu_experts_kept = torch.library.custom_op("axk1::cpu_experts", experts_forward, mutates_args=())
-cpu_experts_backward = torch.library.custom_op("axk1::cpu_experts_backward", experts_backward, mutates_args=())
+# Under torch.compile(fullgraph=True) the same two functions are opaque operators: the loops depend on the routing, and Triton
+# is launched as it is outside.
+forward_op = torch.library.custom_op("axk1::experts", forward_here, mutates_args=())
+backward_op = torch.library.custom_op("axk1::experts_backward", backward_here, mutates_args=())
 
 
-@cpu_experts_kept.register_fake
+@forward_op.register_fake
 def _(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep):
     rows = expert_TK.numel() if keep else 0
-    return torch.empty_like(x_TH), x_TH.new_empty(rows, gate_up_E2IH.shape[1])
+    return x_TH.new_empty(x_TH.shape), x_TH.new_empty(rows, gate_up_E2IH.shape[1])
 
 
-@cpu_experts_backward.register_fake
+@backward_op.register_fake
 def _(grad_TH, x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, gate_up_P2I, need_gate_up, need_down):
-    grad_gate_up = torch.empty_like(gate_up_E2IH) if need_gate_up else gate_up_E2IH.new_empty(0)
-    grad_down = torch.empty_like(down_EHI) if need_down else down_EHI.new_empty(0)
-    return torch.empty_like(x_TH), torch.empty_like(weight_TK), grad_gate_up, grad_down
+    grad_gate_up = gate_up_E2IH.new_empty(gate_up_E2IH.shape if need_gate_up else 0)
+    grad_down = down_EHI.new_empty(down_EHI.shape if need_down else 0)
+    return x_TH.new_empty(x_TH.shape), weight_TK.new_empty(weight_TK.shape), grad_gate_up, grad_down
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -214,17 +288,91 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, grad_TH, _):
     need_x, _, need_weight, need_gate_up, need_down = ctx.needs_input_grad[:5]
-    grad_x, grad_weight, grad_gate_up, grad_down = cpu_experts_backward(
+    grad_x, grad_weight, grad_gate_up, grad_down = backward_op(
         grad_TH.contiguous(), *ctx.saved_tensors, need_gate_up, need_down
     )
     return grad_x, None, grad_weight, grad_gate_up if need_gate_up else None, grad_down if need_down else None, None
 
 
-cpu_experts_kept.register_autograd(_backward, setup_context=_save_for_backward)
+forward_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def cpu_experts_op(
-    x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor
-) -> Tensor:
+def experts_op(x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> Tensor:
     keep = torch.is_grad_enabled()
-    return cpu_experts_kept(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep)[0]
+    return forward_op(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI, keep)[0]
+
+
+def torch_route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    method: str,
+    groups: int,
+    top_groups: int,
+    top_k: int,
+    normalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from .modeling_axk1 import choose_experts, weigh_experts  # which imports this module
+
+    score_TE = logits_TE.sigmoid()
+    choice = dict(method=method, groups=groups, top_groups=top_groups, top_k=top_k)
+    expert_TK = choose_experts(score_TE.detach(), bias_E, **choice)
+    return weigh_experts(score_TE, expert_TK, normalise, scale), expert_TK
+
+
+def torch_route_backward(
+    grad_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, normalise: bool, scale: float
+) -> Tensor:
+    score_TK = logits_TE.gather(1, expert_TK).sigmoid()
+    grad_TK = grad_TK * scale
+    if normalise:
+        total_T1 = score_TK.sum(dim=-1, keepdim=True) + 1e-20
+        grad_TK = (grad_TK - (grad_TK * score_TK).sum(dim=-1, keepdim=True) / total_T1) / total_T1
+    return torch.zeros_like(logits_TE).scatter_(1, expert_TK, grad_TK * score_TK * (1 - score_TK))
+
+
+def route_here(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    method: str,
+    groups: int,
+    top_groups: int,
+    top_k: int,
+    normalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return here(kernels_route, torch_route, logits_TE, bias_E, method, groups, top_groups, top_k, normalise, scale)
+
+
+def route_backward_here(grad_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, normalise: bool, scale: float) -> Tensor:
+    return here(kernels_route_backward, torch_route_backward, grad_TK, logits_TE, expert_TK, normalise, scale)
+
+
+# Routing weights and expert ids from logits, AxK1TopkRouter's, by one kernel. An operator outside torch.compile too:
+# gradient checkpointing keeps its results (`keep_routing`).
+route_op = torch.library.custom_op("axk1::route", route_here, mutates_args=())
+route_backward_op = torch.library.custom_op("axk1::route_backward", route_backward_here, mutates_args=())
+
+
+@route_op.register_fake
+def _(logits_TE, bias_E, method, groups, top_groups, top_k, normalise, scale):
+    shape = (logits_TE.shape[0], top_k)
+    return logits_TE.new_empty(shape), logits_TE.new_empty(shape, dtype=torch.int64)
+
+
+@route_backward_op.register_fake
+def _(grad_TK, logits_TE, expert_TK, normalise, scale):
+    return logits_TE.new_empty(logits_TE.shape)
+
+
+def _save_routing(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.normalise, ctx.scale = inputs[-2:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _route_backward(ctx, grad_TK, _):
+    return route_backward_op(grad_TK, *ctx.saved_tensors, ctx.normalise, ctx.scale), *[None] * 7
+
+
+route_op.register_autograd(_route_backward, setup_context=_save_routing)

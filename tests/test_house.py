@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("modeling_axk1", "trainers", "conversion", "serving", "recipes", "benchmarks", "tests", "axk1")
@@ -55,7 +56,9 @@ def test_modeling_is_flat_and_ships_to_the_hub_as_it_is():
         for name in imported_names(path):
             outside = name.split(".")[0]
             allowed = outside == "" or outside in HUB_LIBRARIES or outside in sys.stdlib_module_names
-            assert allowed, f"{path.name} imports {name}"
+            # In a `try` of one file: the Hub then does not ask for it.
+            guarded = outside == "triton" and path.name == "moe_kernels.py" and "triton" not in get_imports(path)
+            assert allowed or guarded, f"{path.name} imports {name}"
 
 
 def test_the_oracle_is_never_part_of_the_product():

@@ -1,0 +1,109 @@
+"""How many tokens a second on a GPU, end to end, beside stock transformers: prefill, decode, a training step?
+
+  python benchmarks/light_on_gpu.py --record
+
+The Light preset cut to 4 layers, bf16, batch 1: prefill of 4,096 tokens, one decoding step at 1,024 and 16,384 cached tokens,
+forward + backward of 4,096 tokens. Both models hold the same weights; their logits and one gradient are compared before anything
+is timed. Without a GPU it says so and ends.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from moe_dispatch import medians_ms
+from rich.console import Console
+from rich.table import Table
+from timing import record
+from transformers.models.axk1.configuration_axk1 import AXK1Config
+from transformers.models.axk1.modeling_axk1 import AXK1ForCausalLM
+
+from modeling_axk1 import AxK1Config, AxK1ForCausalLM
+
+PREFILL, CACHED, TRAINING = 4096, (1024, 16384), 4096
+# bf16 rounds each of a step's operators; both models are as far from fp32.
+CLOSE = 3e-2
+
+
+def models(device: str, **sizes) -> dict[str, torch.nn.Module]:
+    torch.manual_seed(0)
+    config = AxK1Config.preset("light", **{"num_hidden_layers": 4, **sizes})
+    with torch.device(device):
+        ours = AxK1ForCausalLM(config).to(torch.bfloat16)
+        stock = AXK1ForCausalLM(AXK1Config(**config.to_dict())).to(torch.bfloat16)
+    stock.load_state_dict(ours.state_dict(), strict=False)
+    return {"ours": ours, "stock": stock}
+
+
+def prefill(model: torch.nn.Module, input_ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        return model(input_ids, use_cache=True, logits_to_keep=1).logits
+
+    return run
+
+
+def decode(model: torch.nn.Module, input_ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    with torch.no_grad():
+        cache = model(input_ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        logits = model(input_ids[:, -1:], past_key_values=cache).logits
+        cache.crop(-1)
+        return logits
+
+    return run
+
+
+def train(model: torch.nn.Module, input_ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def run() -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        model(input_ids, labels=input_ids, use_cache=False).loss.backward()
+        return model.model.layers[-1].mlp.experts.down_proj.grad
+
+    return run
+
+
+def cases(
+    pair: dict[str, torch.nn.Module], prefill_tokens: int, cached: tuple[int, ...], training_tokens: int
+) -> list[tuple[str, int, dict[str, Callable]]]:
+    """Name, tokens a call, and what to time; each has given the same result twice, once by each model."""
+    vocabulary, device = pair["ours"].config.vocab_size, pair["ours"].device
+    kinds = [(f"prefill {prefill_tokens:,}", prefill, prefill_tokens, prefill_tokens)]
+    kinds += [(f"decode at {tokens:,}", decode, tokens, 1) for tokens in cached]
+    kinds += [(f"training step {training_tokens:,}", train, training_tokens, training_tokens)]
+    found = []
+    for name, kind, tokens, counted in kinds:
+        input_ids = torch.randint(0, vocabulary, (1, tokens), device=device)
+        runs = {model: kind(pair[model], input_ids) for model in pair}
+        result, truth = (runs[model]().float() for model in ("ours", "stock"))
+        error = ((result - truth).norm() / truth.norm()).item()
+        assert truth.norm() > 0 and error < CLOSE, f"{name}: relative error {error:.1e}"
+        found.append((name, counted, runs))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate (default: %(default)s)")
+    parser.add_argument("--record", action="store_true", help="append the figures to results.csv")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("Nothing measured: there is no CUDA device.")
+        return
+    machine = torch.cuda.get_device_name()
+    table = Table(
+        "case", "ours [tokens/s]", "stock [tokens/s]", "ours / stock", title=f"Light, 4 layers, bf16, {machine}"
+    )
+    for name, tokens, runs in cases(models("cuda"), PREFILL, CACHED, TRAINING):
+        times = medians_ms(runs, options.rounds, name)
+        rates = {model: 1e3 * tokens / ms for model, ms in times.items()}
+        table.add_row(name, f"{rates['ours']:,.0f}", f"{rates['stock']:,.0f}", f"{rates['ours'] / rates['stock']:.2f}x")
+        if options.record:
+            record("light_on_gpu", f"{name}, 4 layers, bf16", times, peer="stock", machine=machine)
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main()

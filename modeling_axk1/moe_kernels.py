@@ -1,0 +1,818 @@
+"""How do routed experts run on a GPU?  Triton kernels: routing, dispatch, grouped matmuls that gather their rows, combine.
+
+Forward: `route` goes from a token's logits to its experts and weights; `count` and `place` sort the token-expert pairs by
+expert and cut them into tiles of rows; `up` gathers each tile's token rows and ends in SwiGLU; `rows` multiplies by the down
+projection and puts each result at its pair's own place; `combine` sums a token's pairs in fp32. Backward: `act_backward`,
+`outer` (weight gradients), `rows`, `combine` and `route_backward`. Nothing waits for the host, nothing is atomic: the same
+inputs give the same bits, in a CUDA graph too. Kept for backward: the layer input and the gate/up output.
+
+With TRITON_INTERPRET=1 in the environment the same kernels run on CPU tensors.
+
+Axes: T tokens, K experts a token, P = T * K pairs, E experts, H hidden, I expert width, B blocks of pairs, M tiles of rows.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    # Whether kernels run on CPU tensors: Triton settles that when it is imported.
+    INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+except ImportError:
+    # moe_dispatch.py then runs transformers' own experts, and says so.
+    triton, tl, INTERPRETED = None, None, False
+
+    def jit(kernel=None, **options):
+        return kernel or jit
+
+
+# Compute capabilities of GPUs with 227 KB of shared memory a program (others: 99 KB at least) and warp-group matmuls.
+LARGE_SHARED_MEMORY = ((9, 0), (10, 0), (10, 3))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# cp.async and bf16 tensor cores.
+OLDEST_CAPABILITY = (8, 0)
+# Pairs that one program of `count` and `place` takes, and how many of them, of the tiles, and of the blocks it compares at once.
+PAIR_BLOCK, COMPARED = 512, 32
+# Numbers that one program of `combine` adds up.
+COMBINED = 8192
+# Tiles of rows whose programs run side by side, so that they find each other's weights in the second-level cache.
+TILE_GROUP = 8
+# What the RuntimeErrors say that Triton raises when it cannot compile; its other errors have classes.
+COMPILE_FAILURES = ("C compiler", "PassManager::run failed")
+
+
+class CompileError(RuntimeError):
+    """A kernel does not compile on this machine."""
+
+
+class Tile(NamedTuple):
+    """One program's part of a matmul: rows x columns of the result, `depth` of the sum at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """The first three have the same rows: they share one schedule."""
+
+    up: Tile
+    down: Tile
+    act_backward: Tile
+    outer: Tile
+
+
+# Chosen on paper, not yet measured: shared memory of all stages (2 bytes a number) within the GPU's, accumulators within half
+# of its registers. `up` has two accumulators of its columns.
+HOPPER = Tiles(
+    up=Tile(128, 128, 64, warps=8, stages=4),
+    down=Tile(128, 256, 64, warps=8, stages=4),
+    act_backward=Tile(128, 128, 64, warps=8, stages=4),
+    outer=Tile(128, 256, 64, warps=8, stages=3),
+)
+AMPERE = Tiles(
+    up=Tile(128, 64, 32, warps=8, stages=4),
+    down=Tile(128, 128, 32, warps=8, stages=4),
+    act_backward=Tile(128, 128, 32, warps=8, stages=4),
+    outer=Tile(128, 128, 32, warps=8, stages=4),
+)
+# fp32 that is not allowed to become TF32 has no tensor cores; what counts is that it is right.
+SINGLE = Tiles(*[Tile(64, 32, 32, warps=4, stages=2)] * 4)
+# Up to so many tokens an expert's rows fit one tile, so that its weights are read once; bound by that reading.
+SMALL_BATCH = 64
+SMALL = Tile(64, 32, 128, warps=4, stages=3)
+# Small, so that tests on small tensors see several tiles of everything.
+INTERPRETER = Tiles(*[Tile(32, 32, 32, warps=4, stages=1)] * 4)
+
+
+def tiles_for(capability: tuple[int, int] | None, dtype: torch.dtype, tokens: int) -> Tiles:
+    """By the GPU's compute capability, None for the interpreter. `tokens` <= SMALL_BATCH: one tile holds an expert's rows."""
+    small = SMALL
+    if capability is None:
+        tiles, small = INTERPRETER, INTERPRETER.up
+    elif dtype == torch.float32:
+        tiles, small = SINGLE, SINGLE.up
+    else:
+        tiles = HOPPER if capability in LARGE_SHARED_MEMORY else AMPERE
+    if tokens > SMALL_BATCH:
+        return tiles
+    small = small._replace(rows=max(16, triton.next_power_of_2(tokens)))
+    return Tiles(small, small, small, tiles.outer)
+
+
+@jit
+def route(
+    logits_TE,
+    bias_E,
+    weight_TK,
+    expert_TK,
+    experts,
+    scale,
+    BIASED: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    TOP_TWO: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
+    PADDED_K: tl.constexpr,
+):
+    """One token's experts and weights, from its scores in a tile [groups, experts of a group]; of equals the lowest id first."""
+    token = tl.program_id(0).to(tl.int64)
+    g, s, k = tl.arange(0, PADDED_GROUPS), tl.arange(0, PADDED_SIZE), tl.arange(0, PADDED_K)
+    size = experts // GROUPS
+    e = g[:, None] * size + s[None, :]
+    real = (g < GROUPS)[:, None] & (s < size)[None, :]
+    score = tl.sigmoid(tl.load(logits_TE + token * experts + e, mask=real, other=0.0))
+    choice = score
+    if BIASED:
+        choice += tl.load(bias_E + e, mask=real, other=0.0)
+    choice = tl.where(real, choice, float("-inf"))
+    if TOP_GROUPS < GROUPS:
+        group, at = tl.max(choice, 1, return_indices=True)
+        if TOP_TWO:
+            group += tl.max(tl.where(s[None, :] == at[:, None], float("-inf"), choice), 1)
+        eligible = tl.zeros([PADDED_GROUPS], tl.int32)
+        for _ in range(TOP_GROUPS):
+            best = tl.argmax(group, 0)
+            eligible = tl.where(g == best, 1, eligible)
+            group = tl.where(g == best, float("-inf"), group)
+        choice = tl.where((eligible > 0)[:, None], choice, float("-inf"))
+    weight = tl.zeros([PADDED_K], tl.float32)
+    chosen = tl.zeros([PADDED_K], tl.int32)
+    for i in range(TOP_K):
+        best, at = tl.max(choice, 1, return_indices=True)
+        group_of_best = tl.argmax(best, 0)
+        expert = group_of_best * size + tl.sum(tl.where(g == group_of_best, at, 0), 0)
+        hit = (e == expert) & real
+        weight = tl.where(k == i, tl.sum(tl.sum(tl.where(hit, score, 0.0), 1), 0), weight)
+        chosen = tl.where(k == i, expert, chosen)
+        choice = tl.where(hit, float("-inf"), choice)
+    if NORMALISE:
+        weight /= tl.sum(weight, 0) + 1e-20
+    tl.store(weight_TK + token * TOP_K + k, weight * scale, mask=k < TOP_K)
+    tl.store(expert_TK + token * TOP_K + k, chosen.to(tl.int64), mask=k < TOP_K)
+
+
+@jit
+def route_backward(
+    grad_TK,
+    logits_TE,
+    expert_TK,
+    grad_TE,
+    experts,
+    top_k,
+    scale,
+    NORMALISE: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """One token's gradient of the logits: zero but for its own experts."""
+    token = tl.program_id(0).to(tl.int64)
+    k, e = tl.arange(0, PADDED_K), tl.arange(0, BINS)
+    own = k < top_k
+    expert = tl.load(expert_TK + token * top_k + k, mask=own, other=0).to(tl.int32)
+    score = tl.sigmoid(tl.load(logits_TE + token * experts + expert, mask=own, other=0.0))
+    grad = tl.load(grad_TK + token * top_k + k, mask=own, other=0.0) * scale
+    if NORMALISE:
+        total = tl.sum(tl.where(own, score, 0.0), 0) + 1e-20
+        grad = (grad - tl.sum(grad * score, 0) / total) / total
+    grad = tl.where(own, grad * score * (1 - score), 0.0)
+    row = tl.sum(tl.where(expert[:, None] == e[None, :], grad[:, None], 0.0), 0)
+    tl.store(grad_TE + token * experts + e, row, mask=e < experts)
+
+
+# What varies with the number of tokens is not specialised, or new lengths would be waited for while kernels compile anew.
+@jit(do_not_specialize=["pairs"])
+def count(expert_P, count_BE, pairs, experts, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of a block's pairs chose each expert."""
+    block = tl.program_id(0)
+    p = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(expert_P + p, mask=p < pairs, other=-1).to(tl.int32)
+    counts = tl.histogram(expert, BINS, mask=(expert >= 0) & (expert < experts))
+    tl.store(count_BE + block * BINS + tl.arange(0, BINS), counts)
+
+
+@jit(do_not_specialize=["pairs", "blocks", "tiles"])
+def place(
+    expert_P,
+    count_BE,
+    pair_P,
+    start_E,
+    tile_M3,
+    pairs,
+    experts,
+    blocks,
+    tiles,
+    ALONE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COMPARED: tl.constexpr,
+):
+    """Where each pair of a block goes: behind all pairs of lower experts and the earlier ones of its own.
+
+    Writes pair_P (the pairs in sorted order), start_E (E + 1 row numbers) and the schedule: expert, first row and end of the
+    expert's rows for each tile of ROWS rows, expert -1 past the last. Pairs of experts outside 0..E-1 go nowhere. ALONE: there
+    is one block, which counts for itself; so has a decoding step one kernel fewer.
+    """
+    block = tl.program_id(0)
+    e = tl.arange(0, BINS)
+    p = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(expert_P + p, mask=p < pairs, other=-1).to(tl.int32)
+    ours = (expert >= 0) & (expert < experts)
+    total_E = tl.zeros([BINS], tl.int32)
+    before_E = tl.zeros([BINS], tl.int32)
+    if ALONE:
+        total_E = tl.histogram(expert, BINS, mask=ours)
+    else:
+        for first in range(0, blocks, COMPARED):
+            b = first + tl.arange(0, COMPARED)
+            counts_BE = tl.load(count_BE + b[:, None] * BINS + e[None, :], mask=(b < blocks)[:, None], other=0)
+            total_E += tl.sum(counts_BE, 0)
+            before_E += tl.sum(tl.where((b < block)[:, None], counts_BE, 0), 0)
+    end_E = tl.cumsum(total_E, 0)
+    first_E = end_E - total_E
+    if block == 0:
+        tl.store(start_E + e, first_E, mask=e <= experts)
+
+    rank = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, BLOCK, COMPARED):
+        q = block * BLOCK + first + tl.arange(0, COMPARED)
+        other = tl.load(expert_P + q, mask=q < pairs, other=-1).to(tl.int32)
+        rank += tl.sum(((other[None, :] == expert[:, None]) & (q[None, :] < p[:, None])).to(tl.int32), 1)
+    row = tl.gather(first_E + before_E, tl.where(ours, expert, 0), 0) + rank
+    tl.store(pair_P + row, p, mask=ours)
+
+    tiles_E = (total_E + ROWS - 1) // ROWS
+    last_E = tl.cumsum(tiles_E, 0)
+    shift_E = first_E - (last_E - tiles_E) * ROWS
+    for first in range(block * COMPARED, tiles, blocks * COMPARED):
+        m = first + tl.arange(0, COMPARED)
+        # Experts whose tiles all lie before tile m: as many as m's own expert has before it, and all of them past the end.
+        owner = tl.sum((last_E[None, :] <= m[:, None]).to(tl.int32), 1)
+        live = owner < experts
+        owner = tl.where(live, owner, 0)
+        at = tile_M3 + m * 3
+        tl.store(at, tl.where(live, owner, -1), mask=m < tiles)
+        tl.store(at + 1, tl.gather(shift_E, owner, 0) + m * ROWS, mask=m < tiles)
+        tl.store(at + 2, tl.gather(end_E, owner, 0), mask=m < tiles)
+
+
+@jit
+def store(at, value, mask):
+    """Store fp32 in the dtype that `at` points to, rounded to the nearest, ties to even."""
+    if INTERPRETED and at.dtype.element_ty == tl.bfloat16:
+        # Triton's interpreter would cut the lower bits off.
+        bits = value.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        tl.store(at, (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(at, value.to(at.dtype.element_ty), mask=mask)
+
+
+@jit
+def own_tile(tile_M3, tiles, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """This program's expert (-1: nothing to do), its rows among the sorted pairs, those that are live, its tile of columns.
+
+    Dead rows repeat the first one, so that what is loaded for them is memory that exists. GROUP tiles of rows go side by side.
+    """
+    program = tl.program_id(0)
+    across = tl.cdiv(columns, COLUMNS)
+    group = program // (GROUP * across)
+    size = tl.minimum(tiles - group * GROUP, GROUP)
+    within = program % (GROUP * across)
+    at = tile_M3 + (group * GROUP + within % size) * 3
+    first = tl.load(at + 1)
+    row = first + tl.arange(0, ROWS)
+    live = row < tl.load(at + 2)
+    return tl.load(at), tl.where(live, row, first), live, within // size
+
+
+@jit
+def in_bounds(column, columns, EVEN: tl.constexpr):
+    """Columns past the end repeat the first. Even sizes skip that: it would hide from the compiler that columns are adjacent."""
+    if EVEN:
+        return column
+    return tl.where(column < columns, column, 0)
+
+
+@jit
+def load_rows(at, k, depth, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(at)
+    return tl.load(at, mask=(k < depth)[None, :], other=0.0)
+
+
+@jit
+def load_columns(at, k, depth, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(at)
+    return tl.load(at, mask=(k < depth)[:, None], other=0.0)
+
+
+@jit
+def add_product(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        # Triton's interpreter would multiply the bits of bf16 numbers; in fp32 their products are exact, as on tensor cores.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@jit
+def product(
+    a_rows,
+    b_columns,
+    b_step,
+    depth,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """a b in fp32 [ROWS, COLUMNS]: pointers to a's rows and to b's columns, whose entries are `b_step` apart."""
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, depth, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        a = load_rows(a_rows[:, None] + k[None, :], k, depth, EVEN)
+        b = load_columns(b_columns[None, :] + k[:, None] * b_step, k, depth, EVEN)
+        acc = add_product(a, b, acc, PRECISION)
+    return acc
+
+
+@jit(do_not_specialize=["tiles"])
+def up(
+    x_TH,
+    weight_E2IH,
+    pair_P,
+    tile_M3,
+    gate_up_P2I,
+    act_PI,
+    tiles,
+    width,
+    hidden,
+    top_k,
+    KEEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """act = silu(gate x) * (up x) of a tile of sorted pairs, whose token rows are gathered here; KEEP stores gate and up too."""
+    expert, row, live, n = own_tile(tile_M3, tiles, width, ROWS, COLUMNS, GROUP)
+    if expert >= 0:
+        column = n * COLUMNS + tl.arange(0, COLUMNS)
+        x_rows = x_TH + (tl.load(pair_P + row) // top_k).to(tl.int64) * hidden
+        weight = weight_E2IH + expert.to(tl.int64) * 2 * width * hidden
+        gate_columns = weight + in_bounds(column, width, EVEN) * hidden
+        up_columns = gate_columns + width * hidden
+        gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+        value = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for first in range(0, hidden, DEPTH):
+            k = first + tl.arange(0, DEPTH)
+            x = load_rows(x_rows[:, None] + k[None, :], k, hidden, EVEN)
+            w_gate = load_columns(gate_columns[None, :] + k[:, None], k, hidden, EVEN)
+            w_up = load_columns(up_columns[None, :] + k[:, None], k, hidden, EVEN)
+            gate = add_product(x, w_gate, gate, PRECISION)
+            value = add_product(x, w_up, value, PRECISION)
+        stored = live[:, None] & (column < width)[None, :]
+        at_row = row[:, None].to(tl.int64) * width
+        act = gate * tl.sigmoid(gate) * value
+        store(act_PI + at_row + column[None, :], act, stored)
+        if KEEP:
+            at = gate_up_P2I + 2 * at_row + column[None, :]
+            store(at, gate, stored)
+            store(at + width, value, stored)
+
+
+@jit(do_not_specialize=["tiles"])
+def rows(
+    a_PD,
+    weight,
+    pair_P,
+    tile_M3,
+    out_PC,
+    tiles,
+    columns,
+    depth,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows of a, in sorted order, times their expert's matrix, each put at its pair's own place.
+
+    weight is [E, columns, depth], or [E, depth, columns] if TRANSPOSED.
+    """
+    expert, row, live, n = own_tile(tile_M3, tiles, columns, ROWS, COLUMNS, GROUP)
+    if expert >= 0:
+        column = n * COLUMNS + tl.arange(0, COLUMNS)
+        a_rows = a_PD + row.to(tl.int64) * depth
+        b = weight + expert.to(tl.int64) * columns * depth
+        if TRANSPOSED:
+            b_columns = b + in_bounds(column, columns, EVEN)
+            acc = product(a_rows, b_columns, columns, depth, ROWS, COLUMNS, DEPTH, EVEN, PRECISION)
+        else:
+            b_columns = b + in_bounds(column, columns, EVEN) * depth
+            acc = product(a_rows, b_columns, 1, depth, ROWS, COLUMNS, DEPTH, EVEN, PRECISION)
+        at = out_PC + tl.load(pair_P + row)[:, None].to(tl.int64) * columns + column[None, :]
+        store(at, acc, live[:, None] & (column < columns)[None, :])
+
+
+@jit
+def combine(
+    row_PC,
+    expert_P,
+    weight_P,
+    out_TC,
+    columns,
+    experts,
+    top_k,
+    WEIGHTED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """out = sum over a token's pairs of weight * row, in fp32; pairs of other ranks' experts have no row and add nothing."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    k = tl.arange(0, PAIRS)
+    p = token * top_k + k
+    expert = tl.load(expert_P + p, mask=k < top_k, other=-1)
+    ours = (expert >= 0) & (expert < experts)
+    inside = column < columns
+    at = row_PC + p[:, None] * columns + column[None, :]
+    row = tl.load(at, mask=ours[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    if WEIGHTED:
+        row *= tl.load(weight_P + p, mask=ours, other=0.0).to(tl.float32)[:, None]
+    store(out_TC + token * columns + column, tl.sum(row, 0), inside)
+
+
+@jit
+def swiglu_backward(
+    grad, weight, gate_up_P2I, grad_gate_up_P2I, act_PI, at_row, live, column, width, ACT: tl.constexpr
+):
+    """Of a tile [rows, columns]; returns <grad, act> of each row, which is the routing weight's gradient."""
+    stored = live[:, None] & (column < width)[None, :]
+    at = 2 * at_row[:, None] + column[None, :]
+    gate = tl.load(gate_up_P2I + at, mask=stored, other=0.0).to(tl.float32)
+    value = tl.load(gate_up_P2I + at + width, mask=stored, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    act = silu * value
+    dot = tl.sum(grad * act, 1)
+    if ACT:
+        weighted = act * weight[:, None]
+        store(act_PI + at_row[:, None] + column[None, :], weighted, stored)
+    grad *= weight[:, None]
+    grad_gate = grad * value * (sigmoid + silu * (1 - sigmoid))
+    store(grad_gate_up_P2I + at, grad_gate, stored)
+    store(grad_gate_up_P2I + at + width, grad * silu, stored)
+    return dot
+
+
+@jit(do_not_specialize=["tiles", "pairs"])
+def act_backward(
+    grad_TH,
+    weight_EHI,
+    pair_P,
+    tile_M3,
+    gate_up_P2I,
+    weight_P,
+    grad_gate_up_P2I,
+    act_PI,
+    dot_NP,
+    tiles,
+    width,
+    hidden,
+    top_k,
+    pairs,
+    ACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """From the gradient of the output to that of gate and up.
+
+    <grad, down @ act> = <grad @ down, act>: dot_NP, the share of these columns in the routing weight's gradient, needs no
+    stored expert output. ACT stores weight * act, which the gradient of `down` needs.
+    """
+    expert, row, live, n = own_tile(tile_M3, tiles, width, ROWS, COLUMNS, GROUP)
+    if expert >= 0:
+        column = n * COLUMNS + tl.arange(0, COLUMNS)
+        pair = tl.load(pair_P + row)
+        grad_rows = grad_TH + (pair // top_k).to(tl.int64) * hidden
+        b = weight_EHI + expert.to(tl.int64) * hidden * width + in_bounds(column, width, EVEN)
+        grad = product(grad_rows, b, width, hidden, ROWS, COLUMNS, DEPTH, EVEN, PRECISION)
+        # In halves, because a whole tile of everything that is read and written here does not fit the registers.
+        left, right = grad.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+        half = n * COLUMNS + tl.arange(0, COLUMNS // 2)
+        weight = tl.load(weight_P + pair).to(tl.float32)
+        at_row = row.to(tl.int64) * width
+        dot = swiglu_backward(left, weight, gate_up_P2I, grad_gate_up_P2I, act_PI, at_row, live, half, width, ACT)
+        half += COLUMNS // 2
+        dot += swiglu_backward(right, weight, gate_up_P2I, grad_gate_up_P2I, act_PI, at_row, live, half, width, ACT)
+        tl.store(dot_NP + n.to(tl.int64) * pairs + pair, dot, mask=live)
+
+
+@jit
+def outer(
+    a_rows,
+    b_rows,
+    pair_P,
+    start_E,
+    out_ERC,
+    out_rows,
+    columns,
+    top_k,
+    GATHER_A: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """An expert's weight gradient, the sum over its pairs of a b^T; a [T, rows] is gathered by token, or b is [T, columns].
+
+    The other one is in sorted order. An expert without pairs gets zeros.
+    """
+    expert = tl.program_id(1)
+    across, down = tl.cdiv(columns, COLUMNS), tl.cdiv(out_rows, ROWS)
+    group = tl.program_id(0) // (GROUP * across)
+    size = tl.minimum(down - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * across)
+    r = (group * GROUP + within % size) * ROWS + tl.arange(0, ROWS)
+    column = (within // size) * COLUMNS + tl.arange(0, COLUMNS)
+    first, end = tl.load(start_E + expert), tl.load(start_E + expert + 1)
+    a_at = a_rows + in_bounds(r, out_rows, EVEN)
+    b_at = b_rows + in_bounds(column, columns, EVEN)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    d = tl.arange(0, DEPTH)
+    token = tl.load(pair_P + first + d, mask=first + d < end, other=0) // top_k
+    for start in range(first, end, DEPTH):
+        p = start + d
+        live = p < end
+        if GATHER_A:
+            p_a, p_b = token, p
+        else:
+            p_a, p_b = p, token
+        # A step ahead: were the rows' loads to wait for it in the same step, Triton would overlap no more than one step.
+        token = tl.load(pair_P + p + DEPTH, mask=p + DEPTH < end, other=0) // top_k
+        a = tl.load(a_at[:, None] + p_a.to(tl.int64)[None, :] * out_rows, mask=live[None, :], other=0.0)
+        b = tl.load(b_at[None, :] + p_b.to(tl.int64)[:, None] * columns, mask=live[:, None], other=0.0)
+        acc = add_product(a, b, acc, PRECISION)
+    at = out_ERC + expert.to(tl.int64) * out_rows * columns + r[:, None].to(tl.int64) * columns + column[None, :]
+    store(at, acc, (r < out_rows)[:, None] & (column < columns)[None, :])
+
+
+def launch(kernel, grid: tuple, *arguments, warps: int = 4, stages: int = 1, **constants) -> None:
+    """Run a kernel on the device of its first argument. CompileError if it cannot be compiled here."""
+    with torch.cuda.device_of(arguments[0]):
+        try:
+            # Asked for, because Triton 3.9 warns of a coming change of the default.
+            kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)
+        except (CompilationError, OutOfResources, PTXASError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"{kernel.__name__}: {error}") from error
+        except RuntimeError as error:
+            if any(words in str(error) for words in COMPILE_FAILURES):
+                raise CompileError(f"{kernel.__name__}: {error}") from error
+            raise
+
+
+def launch_matmul(kernel, tile: Tile, grid: tuple, even: bool, *arguments, **constants) -> None:
+    launch(
+        kernel, grid, *arguments, warps=tile.warps, stages=tile.stages, ROWS=tile.rows, COLUMNS=tile.columns,
+        DEPTH=tile.depth, GROUP=TILE_GROUP, EVEN=even, PRECISION=precision(), **constants,
+    )  # fmt: skip
+
+
+def fitted(tile: Tile, columns: int) -> Tile:
+    """Half as many columns a tile where they divide the matrix evenly and the whole ones do not (2,688 of the Light model)."""
+    half = tile.columns // 2
+    return tile._replace(columns=half) if columns % tile.columns and columns % half == 0 and half >= 16 else tile
+
+
+def launch_tiles(kernel, tile: Tile, tiles: int, columns: int, depth: int, *arguments, **constants) -> None:
+    """Run a kernel whose programs are the schedule's tiles of rows times the tiles of columns."""
+    tile = fitted(tile, columns)
+    even = columns % tile.columns == 0 and depth % tile.depth == 0
+    launch_matmul(kernel, tile, (tiles * triton.cdiv(columns, tile.columns),), even, *arguments, **constants)
+
+
+def capability(tensor: Tensor) -> tuple[int, int] | None:
+    return None if INTERPRETED else torch.cuda.get_device_capability(tensor.device)
+
+
+def precision() -> str:
+    """Of fp32 matmuls, as torch has been told."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def kernels_route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    method: str,
+    groups: int,
+    top_groups: int,
+    top_k: int,
+    normalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Routing weights [T, K] fp32 and expert ids [T, K] int64 from fp32 logits: AxK1TopkRouter's in one kernel.
+
+    Of equal scores the lowest id goes first; torch.topk leaves that open.
+    """
+    logits_TE, (tokens, experts) = logits_TE.contiguous(), logits_TE.shape
+    weight_TK = logits_TE.new_empty(tokens, top_k)
+    expert_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=logits_TE.device)
+    if tokens:
+        launch(
+            route, (tokens,), logits_TE, bias_E, weight_TK, expert_TK, experts, scale, BIASED=bias_E is not None,
+            NORMALISE=normalise, TOP_TWO=method == "noaux_tc", GROUPS=groups, TOP_GROUPS=top_groups, TOP_K=top_k,
+            PADDED_GROUPS=triton.next_power_of_2(groups), PADDED_SIZE=triton.next_power_of_2(experts // groups),
+            PADDED_K=triton.next_power_of_2(top_k), warps=1,
+        )  # fmt: skip
+    return weight_TK, expert_TK
+
+
+def kernels_route_backward(
+    grad_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, normalise: bool, scale: float
+) -> Tensor:
+    (tokens, experts), top_k = logits_TE.shape, expert_TK.shape[1]
+    grad_TE = logits_TE.new_empty(tokens, experts)
+    if tokens:
+        launch(
+            route_backward, (tokens,), grad_TK.contiguous(), logits_TE.contiguous(), expert_TK, grad_TE, experts, top_k,
+            scale, NORMALISE=normalise, PADDED_K=triton.next_power_of_2(top_k), BINS=triton.next_power_of_2(experts),
+        )  # fmt: skip
+    return grad_TE
+
+
+def sort_pairs(expert_TK: Tensor, experts: int, rows_a_tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort token-expert pairs by expert, stably. Returns int32 pair_P, start_E1 and the schedule tile_M3 (see `place`).
+
+    The entries of pair_P past start_E1[-1] are undefined.
+    """
+    pairs = expert_TK.numel()
+    blocks, bins = triton.cdiv(pairs, PAIR_BLOCK), max(32, triton.next_power_of_2(experts + 1))
+    hit = min(pairs, experts)
+    new = dict(dtype=torch.int32, device=expert_TK.device)
+    count_BE = torch.empty(blocks, bins, **new)
+    pair_P, start_E1 = torch.empty(pairs, **new), torch.empty(experts + 1, **new)
+    # As many as there can be: each hit expert has one tile with a row and then one every rows_a_tile rows.
+    tile_M3 = torch.empty(hit + (pairs - hit) // rows_a_tile, 3, **new)
+    if blocks > 1:
+        launch(count, (blocks,), expert_TK, count_BE, pairs, experts, BINS=bins, BLOCK=PAIR_BLOCK)
+    launch(
+        place, (blocks,), expert_TK, count_BE, pair_P, start_E1, tile_M3, pairs, experts, blocks, len(tile_M3),
+        ALONE=blocks == 1, ROWS=rows_a_tile, BINS=bins, BLOCK=PAIR_BLOCK, COMPARED=COMPARED, warps=8,
+    )  # fmt: skip
+    return pair_P, start_E1, tile_M3
+
+
+def sum_pairs(row_PC: Tensor, expert_TK: Tensor, weight_TK: Tensor | None, experts: int) -> Tensor:
+    (tokens, top_k), columns = expert_TK.shape, row_PC.shape[1]
+    out_TC = row_PC.new_empty(tokens, columns)
+    padded = triton.next_power_of_2(top_k)
+    width = max(32, COMBINED // padded)
+    launch(
+        combine, (tokens, triton.cdiv(columns, width)), row_PC, expert_TK, weight_TK, out_TC, columns, experts, top_k,
+        WEIGHTED=weight_TK is not None, PAIRS=padded, COLUMNS=width,
+    )  # fmt: skip
+    return out_TC
+
+
+def weight_gradient(
+    a: Tensor,
+    b: Tensor,
+    sorted_pairs: tuple[Tensor, Tensor, Tensor],
+    top_k: int,
+    weight_ERC: Tensor,
+    tile: Tile,
+    gather_a: bool,
+) -> Tensor:
+    """Gradient of a stacked weight [E, R, C]: a has R columns and b C; one is a row a token, the other a row a sorted pair."""
+    experts, out_rows, columns = weight_ERC.shape
+    tile = fitted(tile, columns)
+    out_ERC = torch.empty_like(weight_ERC)
+    grid = (triton.cdiv(out_rows, tile.rows) * triton.cdiv(columns, tile.columns), experts)
+    even = out_rows % tile.rows == 0 and columns % tile.columns == 0
+    launch_matmul(
+        outer, tile, grid, even, a, b, *sorted_pairs[:2], out_ERC, out_rows, columns, top_k, GATHER_A=gather_a
+    )
+    return out_ERC
+
+
+def check(x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> None:
+    dtypes = {t.dtype for t in (x_TH, gate_up_E2IH, down_EHI)}
+    if len(dtypes) > 1 or x_TH.dtype not in DTYPES:
+        raise ValueError(
+            f"Tokens and experts are {', '.join(sorted(map(str, dtypes)))} but the kernels of experts_implementation='axk1' take "
+            "one of bfloat16, float16 and float32; convert the model with .to(torch.bfloat16), or use 'grouped_mm'."
+        )
+    if expert_TK.dtype not in (torch.int64, torch.int32) or not weight_TK.is_floating_point():
+        raise ValueError(
+            f"Expert ids are {expert_TK.dtype} and routing weights {weight_TK.dtype}; "
+            "give ids as torch.int64 or torch.int32 and weights as floating point, [T, K] each."
+        )
+
+
+def kernels_forward(
+    x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the output [T, H] and the gate/up output [P, 2I] in sorted order (no rows unless `keep`), both in x's dtype.
+
+    Ids outside 0..E-1 (experts of other ranks) add nothing and cost nothing. ValueError for other dtypes than DTYPES.
+    """
+    check(x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI)
+    x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI = (
+        t.contiguous() for t in (x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI)
+    )
+    (tokens, top_k), (experts, hidden, width), pairs = expert_TK.shape, down_EHI.shape, expert_TK.numel()
+    gate_up_P2I = x_TH.new_empty(pairs if keep else 0, 2 * width)
+    if not pairs:
+        return torch.zeros_like(x_TH), gate_up_P2I
+    tiles = tiles_for(capability(x_TH), x_TH.dtype, tokens)
+    pair_P, _, tile_M3 = sort_pairs(expert_TK, experts, tiles.up.rows)
+    act_PI, row_PH = x_TH.new_empty(pairs, width), x_TH.new_empty(pairs, hidden)
+    launch_tiles(
+        up, tiles.up, len(tile_M3), width, hidden,
+        x_TH, gate_up_E2IH, pair_P, tile_M3, gate_up_P2I, act_PI, len(tile_M3), width, hidden, top_k, KEEP=keep,
+    )  # fmt: skip
+    launch_tiles(
+        rows, tiles.down, len(tile_M3), hidden, width,
+        act_PI, down_EHI, pair_P, tile_M3, row_PH, len(tile_M3), hidden, width, TRANSPOSED=False,
+    )  # fmt: skip
+    return sum_pairs(row_PH, expert_TK, weight_TK, experts), gate_up_P2I
+
+
+def kernels_backward(
+    grad_TH: Tensor,
+    x_TH: Tensor,
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+    gate_up_P2I: Tensor,
+    need_gate_up: bool,
+    need_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, gate_up and down (the last two empty unless needed: frozen experts under LoRA cost nothing)."""
+    grad_TH, x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI = (
+        t.contiguous() for t in (grad_TH, x_TH, expert_TK, weight_TK, gate_up_E2IH, down_EHI)
+    )
+    (tokens, top_k), (experts, hidden, width), pairs = expert_TK.shape, down_EHI.shape, expert_TK.numel()
+    grad_gate_up = torch.zeros_like(gate_up_E2IH) if need_gate_up and not pairs else gate_up_E2IH.new_empty(0)
+    grad_down = torch.zeros_like(down_EHI) if need_down and not pairs else down_EHI.new_empty(0)
+    if not pairs:
+        return torch.zeros_like(x_TH), torch.zeros_like(weight_TK), grad_gate_up, grad_down
+    tiles = tiles_for(capability(x_TH), x_TH.dtype, tokens)
+    pair_P, start_E1, tile_M3 = sorted_pairs = sort_pairs(expert_TK, experts, tiles.up.rows)
+    grad_gate_up_P2I = torch.empty_like(gate_up_P2I)
+    act_PI = x_TH.new_empty(pairs if need_down else 0, width)
+    # Zeros: pairs of other ranks' experts are written by no program.
+    dot_NP = torch.zeros(
+        triton.cdiv(width, fitted(tiles.act_backward, width).columns), pairs, dtype=torch.float32, device=x_TH.device
+    )
+    launch_tiles(
+        act_backward, tiles.act_backward, len(tile_M3), width, hidden,
+        grad_TH, down_EHI, pair_P, tile_M3, gate_up_P2I, weight_TK, grad_gate_up_P2I, act_PI, dot_NP,
+        len(tile_M3), width, hidden, top_k, pairs, ACT=need_down,
+    )  # fmt: skip
+    if need_down:
+        grad_down = weight_gradient(grad_TH, act_PI, sorted_pairs, top_k, down_EHI, tiles.outer, gather_a=True)
+    # Half a gigabyte at K1's size, less at the peak that follows.
+    del act_PI
+    if need_gate_up:
+        grad_gate_up = weight_gradient(
+            grad_gate_up_P2I, x_TH, sorted_pairs, top_k, gate_up_E2IH, tiles.outer, gather_a=False
+        )
+    row_PH = x_TH.new_empty(pairs, hidden)
+    launch_tiles(
+        rows, tiles.down, len(tile_M3), hidden, 2 * width,
+        grad_gate_up_P2I, gate_up_E2IH, pair_P, tile_M3, row_PH, len(tile_M3), hidden, 2 * width, TRANSPOSED=True,
+    )  # fmt: skip
+    grad_weight_TK = dot_NP.sum(dim=0).view(tokens, top_k).to(weight_TK.dtype)
+    return sum_pairs(row_PH, expert_TK, None, experts), grad_weight_TK, grad_gate_up, grad_down
