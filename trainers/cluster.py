@@ -5,6 +5,7 @@ and back. What no formula here knows (kernels below peak, launches, ranks that w
 products and the wires, fitted to DeepSeek-V2's published GPU hours, not to A.X K1.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -238,6 +239,7 @@ def deepseek_v2() -> AxK1Config:
     )
 
 
+@functools.cache
 def fitted_waste() -> float:
     """The one fitted number: what explains DeepSeek-V2's 172,800 H800 hours a trillion tokens in bf16, PP 16, EP 8.
 

@@ -364,9 +364,9 @@ class Plan:
         usual = geometric_mean(field)
         return (
             f"tokens: model FLOPs / FLOPs a token = {self.tokens:.4g}, {per_total:.1f} a total parameter for the "
-            f"{self.tokens_per_parameter:g} asked for (default: Chinchilla's 20 [2203.15556], found on dense models; that it holds "
-            f"for an MoE's total parameters is assumed). Published MoEs took {min(field):.0f} to {max(field):.0f}, geometric mean "
-            f"{usual:.0f}: that would plan {math.sqrt(per_total / usual):.2f} x these parameters"
+            f"{self.tokens_per_parameter:g} asked for (default: Chinchilla's 20 [2203.15556], found on dense models; that it "
+            f"holds for an MoE's total parameters is assumed). Published MoEs took {min(field):.0f} to {max(field):.0f}, "
+            f"geometric mean {usual:.0f}: that would plan {math.sqrt(per_total / usual):.2f} x these parameters"
         )
 
     def _why_granularity(self) -> str:
@@ -417,8 +417,8 @@ def plan_flops(
 def plan_days(gpus: int, days: float, *, tflops: float | None = None, gpu: str = "h200", **options) -> Plan:
     """The plan of `gpus` GPUs for `days`, at `tflops` sustained a GPU, or at what the layout's own model expects.
 
-    The expectation depends on the model that is planned, so the two are sought in turn; as layouts come in steps they may never
-    agree to the last digit: the plan whose `days` are nearest is returned.
+    The expectation depends on the model that is planned, so both are found by bisection; as layouts come in steps they may
+    never meet: the plan whose `days` came nearest is returned.
     """
     if not (days > 0 and math.isfinite(days)):
         raise ValueError(f"days={days:g} is no duration; give a positive number of days.")
@@ -429,10 +429,11 @@ def plan_days(gpus: int, days: float, *, tflops: float | None = None, gpu: str =
                 f"tflops={tflops:g} is outside 0 to a {gpu}'s peak, {kind.fp8_flops / 1e12:g}; give one inside."
             )
         return plan_flops(seconds * tflops * 1e12, gpus=gpus, gpu=gpu, **options)
-    rate, plans = 0.3 * kind.bf16_flops, []
+    low, high, plans = 0.1 * kind.bf16_flops, 0.5 * kind.bf16_flops, []
     for _ in range(8):
+        rate = math.sqrt(low * high)
         plans.append(plan_flops(seconds * rate, gpus=gpus, gpu=gpu, **options))
-        rate = math.sqrt(rate * plans[-1].layout.flops_per_s)
+        low, high = (rate, high) if plans[-1].layout.flops_per_s > rate else (low, rate)
     return min(plans, key=lambda plan: abs(math.log(plan.days / days)))
 
 
