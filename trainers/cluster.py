@@ -101,7 +101,8 @@ def kept_bytes(config: AxK1Config) -> int:
 
 
 def memory_bytes(config: AxK1Config, cluster: Cluster, pipeline: int, expert: int, context: int) -> dict[str, float]:
-    """By part, of the fullest GPU (the first stage holds `pipeline` micro-batches and the embedding).
+    """By part, of the fullest GPU: the first stage's, with `pipeline` micro-batches in flight and the embedding; the last stage
+    has one in flight, beside head and MTP layer.
 
     bf16 weights and fp32 gradients (6 bytes a parameter), fp32 master weights and two AdamW moments (12 bytes) split over
     all GPUs that hold the same.
@@ -110,10 +111,8 @@ def memory_bytes(config: AxK1Config, cluster: Cluster, pipeline: int, expert: in
     layers = math.ceil(config.num_hidden_layers / pipeline)
     per_layer = layers / config.num_hidden_layers
     routed = counts["routed_experts"] * per_layer / expert
-    vocabulary = counts["embedding"]
-    rest = (
-        counts["total"] - counts["routed_experts"] - counts["embedding"] - counts["lm_head"]
-    ) * per_layer + vocabulary
+    elsewhere = counts["routed_experts"] + counts["embedding"] + counts["lm_head"]
+    rest = (counts["total"] - elsewhere) * per_layer + counts["embedding"]
     sharers = cluster.gpus // pipeline
     in_flight = pipeline * layers * MICRO_BATCH / context
     return {
@@ -271,15 +270,11 @@ def expected_flops(config, cluster, tokens, model_flops, *, pipeline, expert, co
 def throughput_ladder(
     config: AxK1Config, cluster: Cluster, tokens: float, model_flops: float
 ) -> tuple[tuple[str, float], ...]:
-    """The report's four settings, as (name, FLOP/s a GPU), memory aside; those that do not divide the cluster are left out."""
-    gpu, rungs = cluster.gpu, []
+    """The report's four settings, as (name, FLOP/s a GPU), memory aside; what the cluster cannot run is left out."""
+    has_fp8, rungs = cluster.gpu.fp8_flops > cluster.gpu.bf16_flops, []
     for pipeline, expert, fp8, fused in ((8, 32, 0, 0), (16, 8, 0, 0), (16, 8, 1, 0), (16, 8, 1, 1)):
-        if (
-            cluster.gpus % (pipeline * expert)
-            or config.num_hidden_layers < pipeline
-            or fp8
-            and gpu.fp8_flops == gpu.bf16_flops
-        ):
+        divides = cluster.gpus % (pipeline * expert) == 0 and pipeline <= config.num_hidden_layers
+        if not divides or (fp8 and not has_fp8):
             continue
         setting = {"pipeline": pipeline, "expert": expert, "context": 1, "fp8": bool(fp8), "fused": bool(fused)}
         name = f"EP{expert}/PP{pipeline}" + " + FP8" * fp8 + " + fused cross-entropy" * fused
