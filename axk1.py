@@ -73,7 +73,8 @@ same command again, it goes on where it was.""",
   axk1 plan --flops 1e22 --gpus 64 --json
   axk1 plan --flops 1e22 --gpus 64 --config PLANNED    writes PLANNED/config.json; then `axk1 info PLANNED`
 
-FLOPs are GPU time: GPUs x seconds x sustained FLOP/s, as a cluster is booked. Every figure shows its law and source.""",
+FLOPs are GPU time: GPUs x seconds x sustained FLOP/s, as a cluster is booked. Every figure shows its law and source.
+With --days alone, throughput and model are sought together and may settle a layout's step away: see the days printed.""",
     "info": """examples:
   axk1 info k1                 one of the presets: k1, light, nano
   axk1 info runs/nano/fused --context 4096""",
