@@ -283,11 +283,11 @@ def throughput_ladder(
 
 
 def choose_layout(config: AxK1Config, cluster: Cluster, tokens: float, model_flops: float) -> Layout:
-    """The shortest pipeline within 5% of the fastest layout that fits: the model above knows no finer difference.
+    """Within 5% of the fastest layout that fits, since the model above knows no finer difference: sequences of 4,096 cut over the
+    fewest GPUs, then the shortest pipeline.
 
-    Powers of two; FP8 where the GPU has it; fused cross-entropy. A sequence of 4,096 is cut over GPUs only where nothing fits
-    uncut. Tensor parallelism is not used: NVLink is the experts' here, and MLA's latents do not split.
-    ValueError if none fits, with the least memory any needs.
+    Powers of two; FP8 where the GPU has it; fused cross-entropy. Tensor parallelism is not used: NVLink is the experts' here,
+    and MLA's latents do not split. ValueError if none fits, with the least memory any needs.
     """
     limit = (1 - RESERVED) * cluster.gpu.memory_bytes
     modern, fitting, least = {"fp8": cluster.gpu.fp8_flops > cluster.gpu.bf16_flops, "fused": True}, [], math.inf
@@ -303,11 +303,10 @@ def choose_layout(config: AxK1Config, cluster: Cluster, tokens: float, model_flo
             f"{total / 1e9:,.1f} B parameters fit no layout on {cluster.gpus} x {cluster.gpu.name}: the leanest needs "
             f"{least / 1e9:,.0f} GB of {limit / 1e9:,.0f} GB a GPU; use more GPUs (a power of two), larger ones, or fewer FLOPs."
         )
-    least_cut = min(context for _, _, context, _ in fitting)
-    fitting = [each for each in fitting if each[2] == least_cut]
     fastest = max(rate for *_, rate in fitting)
-    chosen = min(each for each in fitting if each[-1] >= 0.95 * fastest)
-    return describe(config, cluster, tokens, model_flops, *chosen)
+    near = [each for each in fitting if each[-1] >= 0.95 * fastest]
+    pipeline, expert, context, rate = min(near, key=lambda each: (each[2], each[0], each[1]))
+    return describe(config, cluster, tokens, model_flops, pipeline, expert, context, rate)
 
 
 def possible_ranks(config: AxK1Config, cluster: Cluster):
@@ -345,7 +344,7 @@ def describe(config, cluster, tokens, model_flops, pipeline: int, expert: int, c
     }
     derivation = (
         f"layout: PP {pipeline}, EP {expert}, CP {context} at 4,096 tokens (longer sequences: more, taken from DP), TP 1, "
-        f"DP {replicas}; the shortest pipeline within 5% of the fastest layout that fits",
+        f"DP {replicas}; within 5% of the fastest layout that fits, the least CP, then the shortest pipeline",
         describe_memory(memory, gpu, pipeline),
         f"all-to-all: {near / 1e3:.0f} kB over NVLink ({gpu.nvlink_bytes_per_s / 1e9:.0f} GB/s) and {far / 1e3:.0f} kB over "
         f"InfiniBand ({gpu.infiniband_bytes_per_s / 1e9:.0f} GB/s) a token and MoE layer",

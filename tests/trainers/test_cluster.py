@@ -72,6 +72,13 @@ def test_the_layout_of_the_report_is_the_one_chosen():
     assert plan_flops(2.548e24, gpu="h100").layout.context > 1
 
 
+def test_a_sequence_is_cut_rather_than_experts_spread_over_nodes():
+    # 5 layers a stage: PP 16, EP 8 needs more than 134 GB uncut; what fits uncut has experts on 8 nodes and half the throughput.
+    layout = plan_flops(2.8e24, gpus=2048).layout
+    assert layout.context == 2 and layout.expert == 8
+    assert layout.flops_per_s > 250e12
+
+
 def test_each_cost_moves_time_the_right_way():
     assert seconds(fp8=True) < seconds() < seconds(expert=32)
     assert seconds(fused=True) < seconds() < seconds(context=2)
