@@ -17,6 +17,7 @@ EXAMPLES = {
   axk1 rl --config recipes/configs/rl_cpu.yaml
   axk1 eval runs/nano/fused --tasks gsm8k_test.jsonl --modes think,no-think
   axk1 convert to-hf CHECKPOINT MODEL
+  axk1 plan --flops 2.548e24
   axk1 info k1
 
 `axk1 COMMAND --help` says more. AXK1_DEBUG=1 (or --debug) shows the traceback of an error.""",
@@ -80,6 +81,15 @@ A flag overrides the YAML file's value. `axk1 rl --all-settings` lists them all.
 CHECKPOINT is the folder with latest_checkpointed_iteration.txt, or an iter_* or release folder. Neither Megatron nor a GPU is
 needed, memory does not grow with the model, and nothing in a checkpoint is ever run. Killed, or out of disk space: run the
 same command again, it goes on where it was.""",
+    "plan": """examples:
+  axk1 plan --flops 2.548e24                           A.X K1's budget, beside what its report says
+  axk1 plan --gpus 512 --days 30 --gpu h100            at the throughput that the layout should reach
+  axk1 plan --gpus 512 --days 30 --gpu h100 --tflops 250
+  axk1 plan --flops 1e22 --gpus 64 --json
+  axk1 plan --flops 1e22 --gpus 64 --config PLANNED    writes PLANNED/config.json; then `axk1 info PLANNED`
+
+FLOPs are GPU time: GPUs x seconds x sustained FLOP/s, as a cluster is booked. Every figure shows its law and source.
+With --days alone, throughput and model are sought together and may settle a layout's step away: see the days printed.""",
     "info": """examples:
   axk1 info k1                 one of the presets: k1, light, nano
   axk1 info runs/nano/fused --context 4096""",
@@ -128,6 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(commands, "rl", rl, "train both modes by reinforcement (DAPO with GSPO's ratio)")
     _add_eval(commands)
     _add_convert(commands)
+    _add_plan(commands)
     _add_info(commands)
     return parser
 
@@ -302,6 +313,20 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_plan(commands) -> None:
+    command = _add_command(commands, "plan", plan, "derive model, tokens, vocabulary and layout from a compute budget")
+    command.add_argument("--flops", type=float, metavar="C", help="the budget in FLOPs of GPU time, or give --days")
+    command.add_argument("--days", type=float, metavar="N", help="the budget as --gpus for N days")
+    command.add_argument("--gpus", type=int, default=1024, metavar="N", help="GPUs of the cluster (default 1024)")
+    command.add_argument("--gpu", default="h200", help="a100, h100, h800, h200 or b200 (default h200)")
+    command.add_argument("--tflops", type=float, metavar="X", help="sustained by each GPU, with --days (default: modelled)")
+    command.add_argument(
+        "--tokens-per-parameter", type=float, default=20.0, metavar="R", help="a total parameter (default 20: Chinchilla)"
+    )
+    command.add_argument("--json", action="store_true", help="print every figure as JSON")
+    command.add_argument("--config", type=Path, metavar="DIR", help="write the planned model's config.json there")
+
+
 def _add_info(commands) -> None:
     command = _add_command(commands, "info", info, "print a model's dimensions, parameters and FLOPs")
     command.add_argument("model", metavar="MODEL", help="k1, light, nano, or a folder with a config.json")
@@ -430,6 +455,15 @@ def convert_inspect(source: Path, **options) -> None:
         print(f"{name:<20}{value:,}" if type(value) is int else f"{name:<20}{value}")
     if problem:
         raise ValueError(problem)
+
+
+def plan(json: bool, config: Path | None, **budget) -> None:
+    from trainers.planning import plan_budget, text_of_plan
+
+    planned = plan_budget(**budget)
+    if config:
+        planned.config.save_pretrained(config)
+    print(planned.json() if json else text_of_plan(planned))
 
 
 def info(model: str, context: int) -> None:
