@@ -189,7 +189,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         results = measure_speed(Path(folder), options.gb, options.rounds)
-    show("conversion beside cp of the same bytes", results, peer="cp")
+    show("conversion beside cp of the same bytes, flushed to the disk both", results, peer="cp, then sync")
     if options.record:
         for case, times in results.items():
             record("convert", case, times, peer="cp")
