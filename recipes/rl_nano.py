@@ -47,7 +47,7 @@ class Settings:
     check_every: int = 20
     rl_steps: int = 50
     rl_problems: int = 4000
-    instructions: int = 16  # of a batch, each in both modes; with 8 the gradient was mostly noise
+    instructions: int = 16  # of a batch, each in both modes
     generations: int = 8
     learning_rate: float = 5e-4
     test_problems: int = 300
@@ -138,7 +138,7 @@ def rl_config(folder: Path, settings: Settings, *, dynamic: bool, updates: int) 
         loss_type="dapo",
         learning_rate=settings.learning_rate,
         warmup_steps=5,
-        # Down to zero: at a constant rate, accuracy stops rising at the height where the steps' noise holds it (measured).
+        # Down to zero, so that the last steps' noise does not stay in the weights; single pilots, not a comparison, chose it.
         lr_scheduler_type="linear",
         adam_beta2=0.95,
         logging_steps=1,

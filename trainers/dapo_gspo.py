@@ -14,7 +14,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from os import PathLike
 
 import torch
 import trl
@@ -23,13 +22,13 @@ from datasets import Dataset
 from packaging.version import Version
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
+from transformers import ProgressCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import get_soft_overlong_punishment
 
-# Importing the package is what makes AutoModelForCausalLM build our class for model type axk1.
 from modeling_axk1.generation_axk1 import set_thinking_tokens
+from trainers.launching import load_policy
 from trainers.mode_overlap import prompt_key
 from trainers.rewards import ON_ERROR, Judge, Tokens, checked, correct_reward, format_reward, has_spread, read
 from trainers.tokenizer import END_THINK, THINK
@@ -600,20 +599,6 @@ class DapoGspoTrainer(GRPOTrainer):
                 f"({fates.count('all_right')} all right, {fates.count('all_wrong')} all wrong, {fates.count('failed')} "
                 "failed), so this batch's loss is zero; use prompts of another difficulty or more max_resample_rounds."
             )
-
-
-def load_policy(model, args: DapoGspoConfig, tokenizer, quantization_config) -> tuple:
-    """Model and tokenizer, each loaded if it is not there yet. fp32 unless `args.model_init_kwargs` says otherwise."""
-    if not isinstance(model, (str, PathLike)):
-        return model, tokenizer or AutoTokenizer.from_pretrained(model.config._name_or_path)
-    settings = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
-    # Used up here: TRL warns about them when it is handed a built model.
-    args.model_init_kwargs = None
-    if quantization_config is not None:
-        settings["quantization_config"] = quantization_config
-    named = {"revision": settings.get("revision"), "trust_remote_code": args.trust_remote_code}
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **named)
-    return AutoModelForCausalLM.from_pretrained(model, **settings), tokenizer
 
 
 def prompt_limit(model, args: DapoGspoConfig) -> int:

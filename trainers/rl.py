@@ -4,23 +4,19 @@ Under `accelerate launch` every process runs this; the files under recipes/accel
 """
 
 import json
-import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, load_dataset, load_from_disk
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trainers import report
 from trainers.dapo_gspo import COLUMNS, MODE_NAMES, DapoGspoConfig, DapoGspoTrainer, mode_table
+from trainers.launching import find_checkpoint, require_model
 from trainers.rewards import JUDGES, find_judge
-
-logger = logging.getLogger(__name__)
 
 GYM = "reasoning-gym:"
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -53,12 +49,7 @@ def parse(settings: Sequence[str]) -> tuple[RlArguments, DapoGspoConfig, ModelCo
     """Flags, and under `--config` a YAML file whose values they override. ValueError for a setting that does not exist."""
     parser = TrlParser((RlArguments, DapoGspoConfig, ModelConfig), prog="axk1 rl")
     arguments, config, model = parser.parse_args_and_config(list(settings))
-    if model.model_name_or_path is None:
-        raise ValueError("No model is named; give --model_name_or_path, a folder or a Hub name.")
-    targets = model.lora_target_modules
-    # TRL unwraps a list of one name, which PEFT then takes for a pattern of whole paths: it would match nothing.
-    if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
-        model.lora_target_modules = [targets]
+    require_model(model)
     return arguments, config, model
 
 
@@ -137,25 +128,6 @@ def run_rl(settings: Sequence[str]) -> DapoGspoTrainer:
         trainer.push_to_hub(dataset_name=arguments.dataset)
     trainer.accelerator.end_training()
     return trainer
-
-
-def find_checkpoint(config: DapoGspoConfig) -> str | None:
-    """`resume_from_checkpoint`: a checkpoint's folder, or `latest` for the newest whole one in `output_dir`, if any.
-
-    A checkpoint whose saving was interrupted has no trainer_state.json, which is written last: by `latest` it is passed
-    over with a warning, by name it is a ValueError.
-    """
-    asked = config.resume_from_checkpoint
-    if asked is None:
-        return None
-    if asked != "latest":
-        if not (Path(asked) / TRAINER_STATE_NAME).is_file():
-            raise ValueError(f"{asked} has no {TRAINER_STATE_NAME}: no checkpoint, or half of one; try latest instead.")
-        return asked
-    folders = sorted(Path(config.output_dir).glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    while folders and not (folders[-1] / TRAINER_STATE_NAME).is_file():
-        logger.warning("%s has no %s: its saving was interrupted; passed over.", folders.pop(), TRAINER_STATE_NAME)
-    return str(folders[-1]) if folders else None
 
 
 def first_and_last(history: Sequence[dict]) -> str:

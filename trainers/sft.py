@@ -9,10 +9,10 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoTokenizer
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trainers import report
+from trainers.launching import find_checkpoint, require_model
 from trainers.mode_overlap import load_mode_overlap, prompt_key, validate_mode_overlap
 from trainers.think_fusion import ThinkFusionConfig, ThinkFusionTrainer
 from trainers.tokenizer import CHAT_TEMPLATE
@@ -57,8 +57,7 @@ def parse(settings: Sequence[str]) -> tuple[SftArguments, ThinkFusionConfig, Mod
     """Flags, and under `--config` a YAML file whose values they override. ValueError for a setting that does not exist."""
     parser = TrlParser((SftArguments, ThinkFusionConfig, ModelConfig), prog="axk1 sft")
     arguments, config, model = parser.parse_args_and_config(list(settings))
-    if model.model_name_or_path is None:
-        raise ValueError("No model is named; give --model_name_or_path, a folder or a Hub name.")
+    require_model(model)
     if config.eval_strategy != "no" and arguments.test_dataset is None:
         raise ValueError(f"eval_strategy={config.eval_strategy} has nothing to evaluate on; give --test_dataset.")
     return arguments, config, model
@@ -128,20 +127,6 @@ def check(rows: Dataset, test_rows: Dataset | None, count_tokens) -> None:
 def distinct_prompts(rows: Dataset, count: int) -> list[str | list[dict]]:
     prompts = {prompt_key(prompt): prompt for prompt in rows["prompt"]}
     return list(prompts.values())[:count]
-
-
-def find_checkpoint(config: ThinkFusionConfig) -> str | None:
-    """`resume_from_checkpoint`: a checkpoint's folder, or `latest` for the newest whole one in `output_dir`, if there is one."""
-    if config.resume_from_checkpoint != "latest":
-        return config.resume_from_checkpoint
-    folders = sorted(
-        Path(config.output_dir).glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2])
-    )
-    # The trainer's state is what it writes last.
-    whole = [folder for folder in folders if (folder / TRAINER_STATE_NAME).is_file()]
-    if broken := [folder.name for folder in folders if folder not in whole]:
-        print(f"{config.output_dir}: {', '.join(broken)} was not written to the end and is passed over")
-    return str(whole[-1]) if whole else None
 
 
 # -- what is shown ------------------------------------------------------------------------------------------------

@@ -7,19 +7,17 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os import PathLike
 
 import torch
 import torch.nn.functional as F
 from datasets import IterableDataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 from trl.models.utils import unwrap_model_for_generation
 
-# Importing the package is what makes AutoModelForCausalLM build our class for model type axk1.
 from modeling_axk1.generation_axk1 import set_thinking_tokens
 from trainers.evaluation import evaluate_mode
+from trainers.launching import load_policy
 from trainers.mode_order import EpochSampler, draw_mix, order_units, pair_rows
 from trainers.mode_rows import (
     NO_MODE,
@@ -145,17 +143,8 @@ class ThinkFusionTrainer(SFTTrainer):
         probe_prompts: Sequence[str | list[dict]] = (),
         **kwargs,
     ):
-        if isinstance(model, (str, PathLike)):
-            settings = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
-            settings |= args.model_init_kwargs or {}
-            # Both are used up here: TRL warns about them when it is handed a built model.
-            args.model_init_kwargs = None
-            if (quantization := kwargs.pop("quantization_config", None)) is not None:
-                settings["quantization_config"] = quantization
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, **settings)
-        elif processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        quantization = kwargs.pop("quantization_config", None)
+        model, processing_class = load_policy(model, args, processing_class, quantization)
         if probe_prompts and args.probe_steps % args.logging_steps:
             raise ValueError(
                 f"probe_steps={args.probe_steps} is no multiple of logging_steps={args.logging_steps}, and the probe is logged "

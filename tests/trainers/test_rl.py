@@ -26,7 +26,8 @@ if Version(trl.__version__) < Version("1.16"):
 
 from trainers import rl
 from trainers.dapo_gspo import DapoGspoConfig, DapoGspoTrainer
-from trainers.rl import RlArguments, draw_from_gym, find_checkpoint, load_prompts, parse
+from trainers.launching import find_checkpoint
+from trainers.rl import RlArguments, draw_from_gym, load_prompts, parse
 
 ROOT = Path(axk1.__file__).parent
 CONFIGS = ROOT / "recipes" / "configs"

@@ -1,0 +1,35 @@
+"""Do the two training commands read LoRA's names alike, and refuse what comes too late?  (Loading and resuming: theirs.)"""
+
+import pytest
+
+from modeling_axk1 import AxK1ForCausalLM
+from tests.random_models import tiny_chat_config
+from trainers import rl, sft
+from trainers.dapo_gspo import DapoGspoConfig
+from trainers.launching import load_policy
+
+
+@pytest.mark.parametrize("command", [rl, sft], ids=["rl", "sft"])
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(["o_proj"], ["o_proj"]), (["q_b_proj", "o_proj"], ["q_b_proj", "o_proj"]), (["all-linear"], "all-linear")],
+)
+def test_one_lora_target_is_a_name_and_no_pattern(tmp_path, command, given, kept):
+    """TRL makes a text of a list of one; PEFT would match it with whole paths, and attach nothing."""
+    settings = ["--model_name_or_path", "m", "--dataset", "d", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    settings += ["--bf16", "false", "--use_peft", "true", "--lora_target_modules", *given]
+    _, _, model = command.parse(settings)
+    assert model.lora_target_modules == kept
+
+
+@pytest.mark.parametrize("command", [rl, sft], ids=["rl", "sft"])
+def test_a_model_has_to_be_named(tmp_path, command):
+    with pytest.raises(ValueError, match="No model is named"):
+        command.parse(["--dataset", "d", "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"])
+
+
+def test_a_built_model_is_not_quantised_in_silence(tmp_path):
+    model = AxK1ForCausalLM(tiny_chat_config(64))
+    args = DapoGspoConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="comes too late"):
+        load_policy(model, args, None, quantization_config=object())
