@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from conversion.ops import read_exactly
+
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 # The limit of the safetensors library itself: a longer header is an attack or a corrupt length.
@@ -181,26 +183,13 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def read_elements(tensor: StoredTensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """Elements [start, stop) of a stored tensor, flat, in its own dtype, in fresh memory.
-
-    A plain read, not a memory map: a map of a file that shrinks meanwhile kills the process, a short read is an error.
-    """
+    """Elements [start, stop) of a stored tensor, flat, in its own dtype, in fresh memory."""
     stop = tensor.elements if stop is None else stop
     assert 0 <= start <= stop <= tensor.elements, (tensor.name, start, stop)
     flat = torch.empty(stop - start, dtype=tensor.dtype)
-    with tensor.path.open("rb", buffering=0) as file:
-        file.seek(tensor.start + start * tensor.dtype.itemsize)
-        _read_exactly(file, bytes_of(flat), tensor)
+    place = tensor.start + start * tensor.dtype.itemsize
+    read_exactly(tensor.path, place, bytes_of(flat), f"tensor {tensor.name}")
     return flat
-
-
-def _read_exactly(file, buffer: memoryview, tensor: StoredTensor) -> None:
-    # Linux hands out at most 2 GiB a call.
-    while len(buffer):
-        count = file.readinto(buffer)
-        if not count:
-            raise ValueError(f"{tensor.path} ended inside tensor {tensor.name}; it has changed since it was opened.")
-        buffer = buffer[count:]
 
 
 def bytes_of(flat: Tensor) -> memoryview:

@@ -245,18 +245,21 @@ def _read_tile(tile: Tile, out: Tensor) -> None:
     packed = all(n == 1 or s == p for n, s, p in zip(tile.shape, tile.strides, row_major(tile.shape)))
     flat = out if packed and out.is_contiguous() else torch.empty(tile.span, dtype=out.dtype)
     if flat.numel():
-        _read_bytes(tile, memoryview(flat.view(-1).view(torch.uint8).numpy()))
+        read_exactly(tile.path, tile.start, memoryview(flat.view(-1).view(torch.uint8).numpy()), "a tensor")
     if flat is not out:
         out.copy_(flat.as_strided(tile.shape, tile.strides))
 
 
-def _read_bytes(tile: Tile, buffer: memoryview) -> None:
-    # A plain read, not a memory map: a map of a file that shrinks meanwhile kills the process, a short read is an error.
-    with tile.path.open("rb", buffering=0) as file:
-        file.seek(tile.start)
+def read_exactly(path: Path, start: int, buffer: memoryview, what: str) -> None:
+    """Fill the buffer from byte `start` of a file. ValueError if the file ends inside it.
+
+    A plain read, not a memory map: a map of a file that shrinks meanwhile kills the process, a short read is an error.
+    """
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
         # Linux hands out at most 2 GiB a call.
         while len(buffer):
             count = file.readinto(buffer)
             if not count:
-                raise ValueError(f"{tile.path} ended where a tensor should be; it has changed since it was opened.")
+                raise ValueError(f"{path} ended inside {what}; it has changed since it was opened.")
             buffer = buffer[count:]

@@ -1,7 +1,8 @@
-"""What do the training commands share? A model and tokenizer from a path, LoRA's names, the checkpoint to go on from."""
+"""What do the training commands share? A model from a path, LoRA's names, where to go on, what is left at the end."""
 
 import logging
 import re
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 
@@ -65,3 +66,22 @@ def find_checkpoint(config: TrainingArguments) -> str | None:
     while folders and not (folders[-1] / TRAINER_STATE_NAME).is_file():
         logger.warning("%s has no %s: its saving was interrupted; passed over.", folders.pop(), TRAINER_STATE_NAME)
     return str(folders[-1]) if folders else None
+
+
+def train_and_save(
+    trainer, dataset: str, write_report: Callable[[Path, list], None], summary: Callable[[list], str]
+) -> None:
+    """Train, going on where asked; the model, its tokenizer and report.html end in `output_dir`, and on the Hub if asked.
+
+    write_report(path, log history) and summary(log history) say what a run of this kind shows.
+    """
+    config = trainer.args
+    trainer.train(resume_from_checkpoint=find_checkpoint(config))
+    trainer.save_model(config.output_dir)
+    if trainer.is_world_process_zero():
+        path = Path(config.output_dir) / "report.html"
+        write_report(path, trainer.state.log_history)
+        print(f"\n{summary(trainer.state.log_history)}\n{config.output_dir}; {path}")
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset)
+    trainer.accelerator.end_training()

@@ -15,7 +15,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trainers import report
 from trainers.dapo_gspo import COLUMNS, MODE_NAMES, DapoGspoConfig, DapoGspoTrainer, mode_table
-from trainers.launching import find_checkpoint, require_model
+from trainers.launching import require_model, train_and_save
 from trainers.rewards import JUDGES, find_judge
 
 GYM = "reasoning-gym:"
@@ -118,15 +118,7 @@ def run_rl(settings: Sequence[str]) -> DapoGspoTrainer:
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(config))
-    trainer.save_model(config.output_dir)
-    if trainer.is_world_process_zero():
-        path = Path(config.output_dir) / "report.html"
-        write_report(path, trainer.state.log_history)
-        print(f"\n{first_and_last(trainer.state.log_history)}\n{config.output_dir}; {path}")
-    if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=arguments.dataset)
-    trainer.accelerator.end_training()
+    train_and_save(trainer, arguments.dataset, write_report, first_and_last)
     return trainer
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trainers import report
-from trainers.launching import find_checkpoint, require_model
+from trainers.launching import require_model, train_and_save
 from trainers.mode_overlap import load_mode_overlap, prompt_key, validate_mode_overlap
 from trainers.think_fusion import ThinkFusionConfig, ThinkFusionTrainer
 from trainers.tokenizer import CHAT_TEMPLATE
@@ -93,15 +93,7 @@ def run_sft(settings: Sequence[str]) -> ThinkFusionTrainer:
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(config))
-    trainer.save_model(config.output_dir)
-    if trainer.is_world_process_zero():
-        path = Path(config.output_dir) / "report.html"
-        write_report(path, trainer.state.log_history)
-        print(f"\n{first_and_last(trainer.state.log_history)}\n{config.output_dir}; {path}")
-    if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=arguments.dataset)
-    trainer.accelerator.end_training()
+    train_and_save(trainer, arguments.dataset, write_report, first_and_last)
     return trainer
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -461,97 +462,54 @@ def test_sources_that_are_none(tmp_path, source, complaint):
         to_hf(tmp_path / source, tmp_path / "out")
 
 
-def run_until_killed(source, target, arguments, stop_at):
-    """Convert in a process that kills itself at its `stop_at`-th write, fsync or rename; True if it lived to the end."""
-    code = """
-import os, signal, sys
-from conversion import checkpoint
-count, stop_at = 0, int(sys.argv[3])
-def counted(call):
-    def wrapped(*args, **kwargs):
-        global count
-        count += 1
-        if count == stop_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*args, **kwargs)
-    return wrapped
-os.fsync = counted(os.fsync)
-checkpoint.HashedFile.write = counted(checkpoint.HashedFile.write)
-checkpoint.Path.rename = counted(checkpoint.Path.rename)
-checkpoint.Path.unlink = counted(checkpoint.Path.unlink)
-checkpoint.Path.write_text = counted(checkpoint.Path.write_text)
-import json
-from conversion import convert_to_hf, convert_to_megatron
-options = json.loads(sys.argv[4])
-convert = convert_to_megatron if "format" in options else convert_to_hf
-convert(sys.argv[1], sys.argv[2], progress=False, workers=2, shard_bytes=150_000, **options)
-print(count)
-"""
-    command = [sys.executable, "-c", code, str(source), str(target), str(stop_at), json.dumps(arguments)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert run.returncode in (0, -9), run.stderr
-    return int(run.stdout) if run.returncode == 0 else None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "kills"),
-    [({}, 2), ({"format": "torch_dist"}, 1), ({"format": "legacy", "pp": 2, "tp": 2}, 1)],
-    ids=str,
-)
-def test_killed_anywhere_it_goes_on_and_ends_in_the_same_bytes(tmp_path, arguments, kills):
-    """In processes of their own, as a scheduler kills; the thirty random points are below."""
-    steps = run_until_killed(SOURCE, tmp_path / "truth", arguments, 0)
-    truth = contents(tmp_path / "truth")
-    rng = random.Random(0)
-    # The last step but one is the rename that makes the folder the result.
-    for point in [rng.randrange(1, steps - 3), steps - 1][:kills]:
-        target = tmp_path / f"out{point}"
-        assert run_until_killed(SOURCE, target, arguments, point) is None
-        assert run_until_killed(SOURCE, target, arguments, 0) is not None
-        assert contents(target) == truth
-        shutil.rmtree(target)
-    assert [path.name for path in tmp_path.iterdir()] == ["truth"]
-
-
-class Killed(BaseException):
-    """Nothing catches it but the end of the process, which here is the test."""
+def end_of_child(action):
+    """The exit code of a forked process that does it; minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("arguments", [{}, {"format": "torch_dist"}, {"format": "legacy", "pp": 2, "tp": 2}], ids=str)
-def test_thirty_random_points(tmp_path, monkeypatch, arguments):
-    """The same at thirty points each, within the process: what a kill leaves on the disk is what is there at that moment."""
+def test_killed_at_thirty_random_points_it_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments):
+    """By SIGKILL, in the middle of a write, before a flush, a rename, a line of the journal: nothing is cleaned up then."""
     convert = convert_to_megatron if arguments else convert_to_hf
-    options = {"progress": False, "workers": 1, "shard_bytes": 150_000, **arguments}
-    convert(SOURCE, tmp_path / "truth", **options)
-    truth = contents(tmp_path / "truth")
-    counter, rng = itertools.count(), random.Random(1)
+    options = {"progress": False, "shard_bytes": 150_000, **arguments}
+    calls = [(os, "fsync"), (Path, "rename"), (Path, "unlink"), (Path, "write_text"), (HashedFile, "write")]
+    counter = itertools.count()
 
     def stepping(call, at):
         def step(*args, **kwargs):
-            if next(counter) >= at:
-                raise Killed
+            if next(counter) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
             return call(*args, **kwargs)
 
         return step
 
-    def patched(patch, at):
-        nonlocal counter
-        counter = itertools.count()
-        for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "write_text"), (HashedFile, "write")):
-            patch.setattr(owner, name, stepping(getattr(owner, name), at))
+    def convert_killed(target, at, workers):
+        for owner, name in calls:
+            setattr(owner, name, stepping(getattr(owner, name), at))
+        convert(SOURCE, target, workers=workers, **options)
+        os._exit(0)
 
     with monkeypatch.context() as patch:
-        patched(patch, 10**9)
-        convert(SOURCE, tmp_path / "count", **options)
-    steps = next(counter)
-    for number, point in enumerate(rng.choices(range(steps), k=30)):
-        target = tmp_path / f"out{number}"
-        with monkeypatch.context() as patch:
-            patched(patch, point)
-            with pytest.raises(Killed):
-                convert(SOURCE, target, **options)
-        convert(SOURCE, target, **options)
+        for owner, name in calls:
+            patch.setattr(owner, name, stepping(getattr(owner, name), None))
+        convert(SOURCE, tmp_path / "truth", workers=1, **options)
+    truth, steps = contents(tmp_path / "truth"), next(counter)
+    assert steps > 30
+    counter = itertools.count()
+    points = [*random.Random(1).sample(range(steps), 28), steps - 2, steps - 1]
+    for number, point in enumerate(points):
+        target, workers = tmp_path / f"out{point}", 1 + number % 2
+        assert end_of_child(lambda: convert_killed(target, point, workers)) == -signal.SIGKILL, point  # noqa: B023
+        if not target.exists() or list(tmp_path.glob("*.partial.jsonl")):
+            convert(SOURCE, target, workers=workers, **options)
         assert contents(target) == truth, point
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["truth", target.name])
         shutil.rmtree(target)
 
 
