@@ -11,7 +11,7 @@ import shutil
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -332,7 +332,7 @@ class Conversion:
         (job.folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     def _require_same(self, folder: Path, workers: int, progress: bool) -> None:
-        check_replicas(self.opened)
+        check_replicas(self.opened, workers, progress)
         written = open_any(folder)
         differing = compare_models(self.opened, written, workers, progress)
         if differing:
@@ -574,10 +574,10 @@ def verify(
     progress: bool = True,
 ) -> list[str]:
     """What differs between two checkpoints of any formats, one entry a tensor, compared bit for bit; [] if nothing does."""
-    left, right = open_any(a, reading), open_any(b, reading)
+    left, right, workers = open_any(a, reading), open_any(b, reading), checked_workers(workers)
     for opened in (left, right):
-        check_replicas(opened)
-    return compare_models(left, right, checked_workers(workers), progress)
+        check_replicas(opened, workers, progress)
+    return compare_models(left, right, workers, progress)
 
 
 def compare_models(a: Opened, b: Opened, workers: int, progress: bool) -> list[str]:
@@ -601,14 +601,23 @@ def _field(config: AxK1Config, name: str) -> Any:
     return value
 
 
-def check_replicas(opened: Opened) -> None:
+def check_replicas(opened: Opened, workers: int, progress: bool) -> None:
     """ValueError if two ranks disagree on a tensor that both hold whole: then nobody knows which one is right."""
-    for name, a, b in opened.replicas:
-        if (a.dtype, a.shape) != (b.dtype, b.shape) or not same_bits(a, b):
-            raise ValueError(
-                f"{a.tiles[0].path} and {b.tiles[0].path} hold different copies of {name}; the checkpoint is damaged or mixed "
-                "(--no-verify takes the first)."
-            )
+    copies = dict(enumerate(opened.replicas))
+
+    def differ(number: int) -> str | None:
+        name, a, b = copies[number]
+        if (a.dtype, a.shape) == (b.dtype, b.shape) and same_bits(a, b):
+            return None
+        return (
+            f"{a.tiles[0].path} and {b.tiles[0].path} hold different copies of {name}; the checkpoint is damaged or mixed "
+            "(--no-verify takes the first)."
+        )
+
+    tensors = {number: a for number, (_, a, _) in copies.items()}
+    for difference in _over(tensors, tensors, differ, "compare copies", workers, progress and bool(copies)):
+        if difference:
+            raise ValueError(difference)
 
 
 def compare(a: Mapping[str, Mosaic], b: Mapping[str, Mosaic], *, workers: int = 1, progress: bool = False) -> list[str]:
@@ -641,9 +650,9 @@ def find_nan(opened: Opened, workers: int, progress: bool) -> None:
 
 
 def _over(
-    tensors: Mapping[str, Mosaic],
-    names: Iterable[str],
-    look: Callable[[str], str | None],
+    tensors: Mapping[Hashable, Mosaic],
+    names: Iterable[Hashable],
+    look: Callable[[Any], str | None],
     label: str,
     workers: int,
     progress: bool,
