@@ -197,18 +197,24 @@ def bytes_of(flat: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
+def deal(pieces: Iterable, limit_bytes: int) -> list[list]:
+    """Pieces (with `nbytes`) in their order, in groups of at most so many bytes; a larger piece is alone."""
+    groups: list[list] = [[]]
+    filled = 0
+    for piece in pieces:
+        if groups[-1] and filled + piece.nbytes > limit_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(piece)
+        filled += piece.nbytes
+    return groups
+
+
 def plan_shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> list[Shard]:
     """Deal tensors, in their order, to files of at most `shard_bytes` (a larger tensor has a file of its own)."""
     if shard_bytes <= 0:
         raise ValueError(f"shard_bytes={shard_bytes} is not positive; 5 GB is {5 * 10**9}.")
-    groups: list[list[TensorSpec]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if groups[-1] and filled + tensor.nbytes > shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(tensor)
-        filled += tensor.nbytes
+    groups = deal(tensors, shard_bytes)
     # Wide dtypes first: then every tensor starts at a multiple of its item size, as a memory map needs it.
     ordered = [tuple(sorted(group, key=lambda tensor: -tensor.dtype.itemsize)) for group in groups]
     if len(ordered) == 1:

@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.serialization import skip_data
 
-from conversion.checkpoint import HashedFile, OutFile, bytes_of
-from conversion.megatron import MegatronSource, drop_state
+from conversion.checkpoint import HashedFile, OutFile, bytes_of, deal
+from conversion.megatron import LAYER, MegatronSource, drop_state
 from conversion.ops import Mosaic, Tile, blocks, cat, narrow, unstack
 from conversion.torch_file import Inert, numbers_in, open_torch_file, plain, unpickle
 from conversion.weight_map import Row, local_name, modules_with_state, te_name
@@ -45,7 +45,6 @@ STACKED_LAYERS = re.compile(r"(decoder\.layers\.)([a-z_]\w*\..+)")
 STACKED_EXPERTS = re.compile(r"(.+\.mlp\.experts\.)experts\.(linear_fc[12]\.weight)")
 SINGLE_EXPERT = re.compile(r"(.+\.mlp\.experts\.)experts\.(\d+)\.(linear_fc[12]\.weight)")
 LOCAL_EXPERT = re.compile(r"(.+\.mlp\.experts\.)local_experts\.(\d+)\.(linear_fc[12]\.weight)")
-DENSE_LAYER = re.compile(r"decoder\.layers\.(\d+)\..+")
 HALF = re.compile(r"(.+\.weight)_([wv])")
 # A chunk is what torch's own reader has to hold.
 CHUNK_BYTES = 2**26
@@ -235,15 +234,7 @@ class DistFiles:
         ]
 
     def _groups(self) -> dict[str, list[Chunk]]:
-        groups: list[list[Chunk]] = [[]]
-        filled = 0
-        for chunk in self._chunks():
-            if groups[-1] and filled + chunk.nbytes > self.shard_bytes:
-                groups.append([])
-                filled = 0
-            groups[-1].append(chunk)
-            filled += chunk.nbytes
-        return {f"__0_{i}.distcp": group for i, group in enumerate(groups)}
+        return {f"__0_{i}.distcp": group for i, group in enumerate(deal(self._chunks(), self.shard_bytes))}
 
     def _chunks(self) -> Iterator[Chunk]:
         experts = self.config.n_routed_experts
@@ -266,7 +257,7 @@ class DistFiles:
             yield Chunk(f"{module}._extra_state/shard_0_1", None, (), None)
 
     def _is_dense(self, name: str) -> bool:
-        found = DENSE_LAYER.fullmatch(name)
+        found = LAYER.fullmatch(name)
         return found is not None and self.config.mlp_layer_types[int(found[1])] == "dense"
 
     def finish(self, folder: Path, done: Mapping[str, Mapping]) -> None:
