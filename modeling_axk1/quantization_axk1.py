@@ -309,3 +309,27 @@ def fuse_experts(model: nn.Module) -> None:
         model.set_submodule(name, fused)
     # Saving then goes by the model type's own conversions, which take stacked experts apart.
     model._weight_conversions = None
+
+
+def load_quantized(
+    path: str | Path, quantization_config: BitsAndBytesConfig | None = None, *, model_class: type | None = None, **kwargs
+) -> PreTrainedModel:
+    """`from_pretrained` of any mixture that transformers knows, its fused experts quantised as well.
+
+    model_class defaults to the one of transformers that the checkpoint's `architectures` names. quantization_config may be left
+    out for a checkpoint that is quantised already; what else is given goes to `from_pretrained`. An A.X K1 of ours needs no call:
+    `AutoModelForCausalLM.from_pretrained(path, quantization_config=...)` does the same.
+    """
+    if model_class is None:
+        names = AutoConfig.from_pretrained(path).architectures
+        if not names or not hasattr(transformers, names[0]):
+            raise ValueError(f"{path} names the architectures {names}, none of transformers'; pass model_class.")
+        model_class = getattr(transformers, names[0])
+    if not issubclass(model_class, QuantizesExperts):
+        # The same name and module, by which transformers finds a class's checkpoint conversions and writes `architectures`.
+        place = {"__module__": model_class.__module__}
+        model_class = type(model_class.__name__, (QuantizesExperts, model_class), place)
+    return model_class.from_pretrained(path, quantization_config=quantization_config, **kwargs)
+
+
+# -- on paper, and how good ----------------------------------------------------------------------------------------
