@@ -38,6 +38,7 @@ from .configuration_axk1 import AxK1Config
 from .generation_axk1 import ThinkingGenerationMixin
 from .mla_kernels import attend_latents_op, takes
 from .moe_dispatch import axk1_experts_forward, missing_for_kernels, route_op
+from .quantization_axk1 import QuantizesExperts
 
 # Registered here and not in __init__.py, which a Hub folder with remote code never runs.
 ALL_EXPERTS_FUNCTIONS.register("axk1", axk1_experts_forward)
@@ -290,7 +291,8 @@ class AxK1Attention(nn.Module):
         """Keys and values for every head from every latent, then any attention function of transformers."""
         B, _, S, _ = latent_B1SL.shape
         query = self.queries(q_latent, position_embeddings)
-        expanded = self.kv_b_proj(latent_B1SL).view(B, S, -1, self.nope + self.value).transpose(1, 2)
+        # Three axes: on CPU, bitsandbytes' 8-bit layers take no more.
+        expanded = self.kv_b_proj(latent_B1SL[:, 0]).view(B, S, -1, self.nope + self.value).transpose(1, 2)
         k_nope, value = expanded.split([self.nope, self.value], dim=-1)
         key = torch.cat((k_nope, k_rope_B1SD.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -639,7 +641,7 @@ def damaged_file(folder: str | os.PathLike) -> str:
     return str(folder)
 
 
-class AxK1PreTrainedModel(PreTrainedModel):
+class AxK1PreTrainedModel(QuantizesExperts, PreTrainedModel):
     config_class = AxK1Config
     config: AxK1Config
     base_model_prefix = "model"
