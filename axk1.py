@@ -42,8 +42,7 @@ space: run the same command again, it goes on where it was.""",
   axk1 sft --config recipes/configs/sft_cpu.yaml
   axk1 sft --config recipes/configs/sft_cpu.yaml --max_steps 50 --resume_from_checkpoint latest
   axk1 sft --model_name_or_path MODEL --dataset gsm8k_train.jsonl --pairing paired --output_dir OUT
-  axk1 sft --config FILE.yaml --use_peft true --lora_dropout 0 \\
-    --lora_target_parameters mlp.experts.gate_up_proj mlp.experts.down_proj    LoRA on the routed experts too
+  axk1 sft --config FILE.yaml --use_peft true --lora_targets attention shared routed --lora_dropout 0
   accelerate launch --config_file ACCELERATE.yaml -m axk1 sft --config recipes/configs/sft_8gpu.yaml
 
 Think-Fusion SFT on a Mode-Overlap Dataset: the same prompts with a thinking and with a direct answer. Settings are those

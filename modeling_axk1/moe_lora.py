@@ -7,8 +7,6 @@ Axes: T tokens, K experts a token, P = T * K token-expert pairs sorted by expert
 I expert width, R rank, F in features, O out features.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,13 +30,11 @@ def lora_experts_forward(
     """The output [T, H] of frozen experts, fused or packed, with an adapter on either or both of their matrices.
 
     hidden_states [T, H]; top_k_index [T, K] int64, ids of E or more add nothing; top_k_weights [T, K]. Computes in the dtype of
-    fused weights, of packed ones in that of hidden_states. ValueError where the weights want a gradient, which they never get.
+    the weights, or that into which they are dequantised. ValueError where the weights want a gradient, which they never get.
     """
-    x_TH = hidden_states
-    if not is_packed(experts):
-        if experts.gate_up_proj.requires_grad or experts.down_proj.requires_grad:
-            raise ValueError("The routed experts under an adapter are trainable but get no gradient; freeze them.")
-        x_TH = x_TH.to(experts.gate_up_proj.dtype)
+    if any(parameter.requires_grad for parameter in experts.parameters()):
+        raise ValueError("The routed experts under an adapter are trainable but get no gradient; freeze them.")
+    x_TH = hidden_states.to(experts.compute_dtype if is_packed(experts) else experts.gate_up_proj.dtype)
     sizes = experts.num_experts, experts.hidden_dim, experts.intermediate_dim
     gate_up = gate_up or no_lora(x_TH, sizes[1], 2 * sizes[2])
     down = down or no_lora(x_TH, sizes[2], sizes[1])
@@ -64,14 +60,6 @@ def by_expert(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Ten
     rank = lora_A.shape[0] // experts
     a_ERF = lora_A.view(experts, rank, lora_A.shape[1])
     return a_ERF, lora_B.view(lora_B.shape[0], rank, experts).permute(2, 1, 0)
-
-
-def weights_in(dtype: torch.dtype, experts: nn.Module) -> Callable[[int], tuple[Tensor, Tensor]]:
-    def of(expert: int) -> tuple[Tensor, Tensor]:
-        gate_up_2IH, down_HI = expert_weights(experts, expert)
-        return gate_up_2IH.to(dtype), down_HI.to(dtype)
-
-    return of
 
 
 class LoraExperts(torch.autograd.Function):
@@ -112,10 +100,9 @@ def lora_forward(
     (a1_ERH, b1_ER2I), (a2_ERI, b2_ERH) = by_expert(gate_up_A, gate_up_B, E), by_expert(down_A, down_B, E)
     gate_up_P2I = x_TH.new_empty(pair_P.numel() if keep else 0, 2 * width)
     out_TH = torch.zeros(x_TH.shape, dtype=wide, device=x_TH.device)
-    weights = weights_in(x_TH.dtype, experts)
     for e, start, end in hits:
         token_N = token_P[start:end]
-        gate_up_2IH, down_HI = weights(e)
+        gate_up_2IH, down_HI = expert_weights(experts, e)
         x_NH = x_TH.index_select(0, token_N)
         gate_up_N2I = gate_up_P2I[start:end] if keep else x_TH.new_empty(end - start, 2 * width)
         torch.mm(x_NH, gate_up_2IH.mT, out=gate_up_N2I)
@@ -150,10 +137,9 @@ def lora_backward(
     (grad_a1_ERH, grad_b1_ER2I), (grad_a2_ERI, grad_b2_ERH) = by_expert(*grads[:2], E), by_expert(*grads[2:], E)
     grad_x_TH = torch.zeros(x_TH.shape, dtype=wide, device=x_TH.device)
     grad_weight_P = torch.zeros(pair_P.numel(), dtype=wide, device=x_TH.device)
-    weights = weights_in(x_TH.dtype, experts)
     for e, start, end in hits:
         token_N, weight_N1 = token_P[start:end], weight_P1[start:end]
-        gate_up_2IH, down_HI = weights(e)
+        gate_up_2IH, down_HI = expert_weights(experts, e)
         gate_NI, up_NI = gate_up_P2I[start:end].split(width, dim=1)
         grad_NH = grad_TH.index_select(0, token_N)
         silu_NI = F.silu(gate_NI)

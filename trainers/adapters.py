@@ -20,9 +20,9 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 
-from modeling_axk1.moe_dispatch import check_layout
+from modeling_axk1.moe_dispatch import unlike_swiglu
 from modeling_axk1.moe_lora import Lora, lora_experts_forward
-from modeling_axk1.quantization_axk1 import PackedExperts, expert_weights, is_packed
+from modeling_axk1.quantization_axk1 import PackedExperts, expert_weights, is_fused, is_packed
 
 logger = logging.getLogger(__name__)
 
@@ -94,14 +94,15 @@ def check_that_peft_keeps(modules: list[str], model: nn.Module) -> None:
 
 
 def routed_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """The routed experts of each layer by name, fused in [E, 2I, H] and [E, H, I] or packed one by one; of any model."""
+    """The routed experts of each layer by name, fused in [E, 2I, H] and [E, H, I] or packed one by one; of any model.
 
-    def fused(module: nn.Module) -> bool:
-        return all(
-            module._parameters.get(name) is not None and module._parameters[name].dim() == 3 for name in MATRICES
-        )
-
-    return {name: module for name, module in model.named_modules() if is_packed(module) or fused(module)}
+    The names are the model's own, whether or not adapters already wrap the experts.
+    """
+    return {
+        name.replace(".base_layer", ""): module
+        for name, module in model.named_modules()
+        if is_packed(module) or (is_fused(module) and "gate_up_proj" in module._parameters)
+    }
 
 
 def group_experts(config: PeftConfig | None, model: nn.Module) -> PeftConfig | None:
@@ -123,10 +124,8 @@ def group_experts(config: PeftConfig | None, model: nn.Module) -> PeftConfig | N
     if packed := [name for name, module in experts.items() if is_packed(module)]:
         return for_packed(config, model, packed, targeted)
     for kind, module in {type(module): module for module in experts.values()}.items() if targeted else ():
-        try:
-            check_layout(module)
-        except ValueError as error:
-            logger.warning("PEFT's own wrapper, which builds W + B A, adapts %s: %s", kind.__name__, error)
+        if difference := unlike_swiglu(module):
+            logger.warning("%s %s: PEFT's own wrapper adapts them, which builds W + B A.", kind.__name__, difference)
         else:
             config._register_custom_module({kind: ParamWrapper})
     return config
@@ -177,8 +176,8 @@ class ParamWrapper(peft_lora.ParamWrapper):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         if is_packed(self.get_base_layer()):
             raise ValueError(
-                "An adapter cannot be merged into quantised experts without loss; load the unquantised model, load the adapter "
-                "into it and merge there."
+                "An adapter does not merge into quantised experts without loss, and this model may be partly merged by now: "
+                "load the unquantised model, load the adapter into it and merge there."
             )
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
@@ -232,7 +231,10 @@ def for_packed(config: LoraConfig, model: nn.Module, packed: list[str], targeted
     names = [re.escape(name) for name in packed]
     modules = patterns(_maybe_include_all_linear_layers(copy.copy(config), model).target_modules)
     settings["target_modules"] = "|".join(modules + (names if targeted else []))
-    settings["exclude_modules"] = "|".join(patterns(config.exclude_modules) + [rf"{name}\..*" for name in names])
+    # PEFT stays out of modules that it has wrapped, and warns of names that exclude nothing.
+    wrapped = any(isinstance(module, ParamWrapper) for module in model.modules())
+    inside = [] if wrapped else [rf"{name}\..*" for name in names]
+    settings["exclude_modules"] = "|".join(patterns(config.exclude_modules) + inside) or None
     settings["target_parameters"] = None
     result = PackedLoraConfig(**settings)
     result.written = written
