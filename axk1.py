@@ -38,12 +38,17 @@ The thought comes back as `reasoning_content`, the answer as `content`.""",
 
 Each is a folder of safetensors, of any architecture. Memory does not grow with the model. Killed, or out of disk
 space: run the same command again, it goes on where it was.""",
+    "adapter": """examples:
+  axk1 adapter merge MODEL ADAPTER MERGED     W + scale x B A: a checkpoint without adapter, for everyone
+  axk1 adapter export ADAPTER FOR_VLLM        the routed experts' adapters one by one, as vLLM names them
+
+ADAPTER is what `axk1 sft --use_peft true` saved, or PEFT. MODEL is unquantised, also where the adapter was trained on a
+quantised one. Memory of a merge does not grow with the model. Killed: run the same command again, it goes on.""",
     "sft": """examples:
   axk1 sft --config recipes/configs/sft_cpu.yaml
   axk1 sft --config recipes/configs/sft_cpu.yaml --max_steps 50 --resume_from_checkpoint latest
   axk1 sft --model_name_or_path MODEL --dataset gsm8k_train.jsonl --pairing paired --output_dir OUT
-  axk1 sft --config FILE.yaml --use_peft true --lora_dropout 0 \\
-    --lora_target_parameters mlp.experts.gate_up_proj mlp.experts.down_proj    LoRA on the routed experts too
+  axk1 sft --config FILE.yaml --use_peft true --lora_targets attention shared routed --lora_dropout 0
   accelerate launch --config_file ACCELERATE.yaml -m axk1 sft --config recipes/configs/sft_8gpu.yaml
 
 Think-Fusion SFT on a Mode-Overlap Dataset: the same prompts with a thinking and with a direct answer. Settings are those
@@ -134,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_serve(commands)
     _add_merge(commands)
+    _add_adapter(commands)
     _add_training(commands, "sft", sft, "fine-tune a model in both modes (Think-Fusion)")
     _add_training(commands, "rl", rl, "train both modes by reinforcement (DAPO with GSPO's ratio)")
     _add_eval(commands)
@@ -197,6 +203,19 @@ def _add_merge(commands) -> None:
     weight.add_argument("--alpha", type=float, default=0.8, help="weight of the thinking model (default 0.8)")
     weight.add_argument("--alphas", type=float, nargs="+", metavar="ALPHA", help="one folder OUT/alpha-X for each")
     command.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of an output file (default 5)")
+
+
+def _add_adapter(commands) -> None:
+    summary = "merge a LoRA adapter into its model, or write it as vLLM reads it"
+    directions = _add_command(commands, "adapter", None, summary).add_subparsers(metavar="DIRECTION", required=True)
+    command = _add_command(directions, "merge", adapter_merge, "write the model with the adapter in it", "adapter")
+    command.add_argument("model_dir", metavar="MODEL", type=Path, help="folder of safetensors; never changed")
+    command.add_argument("adapter_dir", metavar="ADAPTER", type=Path)
+    command.add_argument("out_dir", metavar="OUT", type=Path, help="written whole or not at all")
+    command.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of an output file (default 5)")
+    command = _add_command(directions, "export", adapter_export, "write the adapter expert by expert", "adapter")
+    command.add_argument("adapter_dir", metavar="ADAPTER", type=Path)
+    command.add_argument("out_dir", metavar="OUT", type=Path)
 
 
 def _add_training(commands, name: str, run, summary: str) -> None:
@@ -319,9 +338,15 @@ def _add_plan(commands) -> None:
     command.add_argument("--days", type=float, metavar="N", help="the budget as --gpus for N days")
     command.add_argument("--gpus", type=int, default=1024, metavar="N", help="GPUs of the cluster (default 1024)")
     command.add_argument("--gpu", default="h200", help="a100, h100, h800, h200 or b200 (default h200)")
-    command.add_argument("--tflops", type=float, metavar="X", help="sustained by each GPU, with --days (default: modelled)")
     command.add_argument(
-        "--tokens-per-parameter", type=float, default=20.0, metavar="R", help="a total parameter (default 20: Chinchilla)"
+        "--tflops", type=float, metavar="X", help="sustained by each GPU, with --days (default: modelled)"
+    )
+    command.add_argument(
+        "--tokens-per-parameter",
+        type=float,
+        default=20.0,
+        metavar="R",
+        help="a total parameter (default 20: Chinchilla)",
     )
     command.add_argument("--json", action="store_true", help="print every figure as JSON")
     command.add_argument("--config", type=Path, metavar="DIR", help="write the planned model's config.json there")
@@ -363,6 +388,20 @@ def merge(
             continue
         merge_checkpoints(thinking_dir, nonthinking_dir, target, alpha=weight, shard_bytes=int(shard_gb * 1e9))
         print(f"wrote {target}: {weight:g} x {thinking_dir} + {1 - weight:g} x {nonthinking_dir}")
+
+
+def adapter_merge(model_dir: Path, adapter_dir: Path, out_dir: Path, shard_gb: float) -> None:
+    from conversion import merge_adapter
+
+    merge_adapter(model_dir, adapter_dir, out_dir, shard_bytes=int(shard_gb * 1e9))
+    print(f"wrote {out_dir}: {model_dir} with {adapter_dir} in it")
+
+
+def adapter_export(adapter_dir: Path, out_dir: Path) -> None:
+    from conversion import export_adapter
+
+    warnings = export_adapter(adapter_dir, out_dir)
+    print(f"wrote {out_dir}: {adapter_dir}, expert by expert", *warnings, sep="\n")
 
 
 def sft(settings: list[str], all_settings: bool) -> None:
