@@ -17,6 +17,8 @@ EXAMPLES = {
   axk1 rl --config recipes/configs/rl_cpu.yaml
   axk1 eval runs/nano/fused --tasks gsm8k_test.jsonl --modes think,no-think
   axk1 convert to-hf CHECKPOINT MODEL
+  axk1 doctor MODEL
+  axk1 push MODEL ORG/NAME --dry-run
   axk1 plan --flops 2.548e24
   axk1 info k1
 
@@ -81,6 +83,18 @@ A flag overrides the YAML file's value. `axk1 rl --all-settings` lists them all.
 CHECKPOINT is the folder with latest_checkpointed_iteration.txt, or an iter_* or release folder. Neither Megatron nor a GPU is
 needed, memory does not grow with the model, and nothing in a checkpoint is ever run. Killed, or out of disk space: run the
 same command again, it goes on where it was.""",
+    "doctor": """examples:
+  axk1 doctor MODEL             every fault, whom it breaks, and the remedy; status 1 if there are errors
+  axk1 doctor MODEL --json
+
+Reads config, tokenizer, generation config and the headers of the safetensors files: seconds for 519B parameters. Holds each
+tensor's name, shape and dtype against the config. Loads no weight and runs no file of the checkpoint.""",
+    "push": """examples:
+  axk1 push MODEL ORG/NAME --dry-run --license apache-2.0 --language en ko
+  axk1 push MODEL ORG/NAME --base-model skt/A.X-K1 --results runs/eval/results.json --recipe sft.yaml --private
+
+Sends weights, config, generation config, tokenizer with its templates, and a card; pickles and other files stay. The doctor
+has to find no error. What the folder's README.md says is kept. Interrupted: run it again, what is there is not sent again.""",
     "plan": """examples:
   axk1 plan --flops 2.548e24                           A.X K1's budget, beside what its report says
   axk1 plan --gpus 512 --days 30 --gpu h100            at the throughput that the layout should reach
@@ -97,7 +111,8 @@ With --days alone, throughput and model are sought together and may settle a lay
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
+    """Run one command; returns the exit status: 0, 1 where `doctor` finds errors, 2 for an error that the user can mend, 130
+    when interrupted."""
     parser = build_parser()
     known, settings = parser.parse_known_args(argv)
     options = vars(known)
@@ -108,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     run, debug = options.pop("run"), options.pop("debug") or bool(os.environ.get("AXK1_DEBUG"))
     try:
-        run(**options)
+        # A command that judges says so by its status; the others return nothing.
+        return run(**options) or 0
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
@@ -119,7 +135,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("axk1: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -138,6 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(commands, "rl", rl, "train both modes by reinforcement (DAPO with GSPO's ratio)")
     _add_eval(commands)
     _add_convert(commands)
+    _add_doctor(commands)
+    _add_push(commands)
     _add_plan(commands)
     _add_info(commands)
     return parser
@@ -313,6 +330,28 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_doctor(commands) -> None:
+    summary = "say what is wrong with a checkpoint for transformers, vLLM and SGLang"
+    command = _add_command(commands, "doctor", doctor, summary)
+    command.add_argument("model", metavar="MODEL", type=Path, help="folder of an A.X K1 model")
+    command.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def _add_push(commands) -> None:
+    command = _add_command(commands, "push", push, "send a model to the Hub, with a card from config, recipe and results")
+    command.add_argument("model", metavar="MODEL", type=Path, help="folder of an A.X K1 model; never changed")
+    command.add_argument("repo", metavar="REPO", help="ORG/NAME; made if it is not there")
+    command.add_argument("--dry-run", action="store_true", help="show files, bytes and card; send nothing")
+    command.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    command.add_argument("--remote-code", action="store_true", help="add the model's code, for trust_remote_code=True")
+    command.add_argument("--license", metavar="ID", help="as the Hub spells it (default: the README.md's)")
+    command.add_argument("--language", nargs="+", metavar="CODE", help="en ko ... (default: the README.md's)")
+    command.add_argument("--base-model", nargs="+", metavar="REPO", help="what it was made from, if from anything")
+    command.add_argument("--relation", help="finetune, quantized, adapter or merge (default: by the files)")
+    command.add_argument("--results", type=Path, metavar="FILE", help="results.json of axk1 eval")
+    command.add_argument("--recipe", type=Path, metavar="FILE", help="YAML file that it was trained with")
+
+
 def _add_plan(commands) -> None:
     command = _add_command(commands, "plan", plan, "derive model, tokens, vocabulary and layout from a compute budget")
     command.add_argument("--flops", type=float, metavar="C", help="the budget in FLOPs of GPU time, or give --days")
@@ -455,6 +494,24 @@ def convert_inspect(source: Path, **options) -> None:
         print(f"{name:<20}{value:,}" if type(value) is int else f"{name:<20}{value}")
     if problem:
         raise ValueError(problem)
+
+
+def doctor(model: Path, json: bool) -> int:
+    from conversion.doctor import diagnose, text_of
+
+    diagnosis = diagnose(model)
+    print(diagnosis.json() if json else text_of(diagnosis))
+    return 1 if diagnosis.errors() else 0
+
+
+def push(model: Path, repo: str, dry_run: bool, private: bool, remote_code: bool, **card) -> None:
+    from conversion.hub import CardSettings, plan_push, push_to_hub, text_of_push
+
+    settings = CardSettings(**card)
+    if dry_run:
+        print(text_of_push(plan_push(model, repo, settings, remote_code=remote_code)))
+    else:
+        print(push_to_hub(model, repo, settings, remote_code=remote_code, private=private))
 
 
 def plan(json: bool, config: Path | None, **budget) -> None:
