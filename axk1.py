@@ -20,6 +20,7 @@ EXAMPLES = {
   axk1 doctor MODEL
   axk1 push MODEL ORG/NAME --dry-run
   axk1 plan --flops 2.548e24
+  axk1 plan serve k1 --gpu h200
   axk1 info k1
 
 `axk1 COMMAND --help` says more. AXK1_DEBUG=1 (or --debug) shows the traceback of an error.""",
@@ -104,6 +105,12 @@ has to find no error. What the folder's README.md says is kept. Interrupted: run
 
 FLOPs are GPU time: GPUs x seconds x sustained FLOP/s, as a cluster is booked. Every figure shows its law and source.
 With --days alone, throughput and model are sought together and may settle a layout's step away: see the days printed.""",
+    "plan serve": """examples:
+  axk1 plan serve k1                                  the fewest GPUs of each kind for each precision, at full context
+  axk1 plan serve k1 --gpu h200 --context 32768 --batch 16    every layout, with its command
+  axk1 plan serve MODEL --gpu h100 --json
+
+Memory only: weights, one layer's activations, and the cache of latents. Every figure shows its formula.""",
     "info": """examples:
   axk1 info k1                 one of the presets: k1, light, nano
   axk1 info runs/nano/fused --context 4096""",
@@ -364,6 +371,13 @@ def _add_plan(commands) -> None:
     )
     command.add_argument("--json", action="store_true", help="print every figure as JSON")
     command.add_argument("--config", type=Path, metavar="DIR", help="write the planned model's config.json there")
+    summary = "say which GPUs hold which precision and how much context"
+    serving = _add_command(command.add_subparsers(metavar="serve"), "serve", plan_serve, summary, "plan serve")
+    serving.add_argument("model", metavar="MODEL", nargs="?", default="k1", help="preset or folder (default k1)")
+    serving.add_argument("--gpu", help="rtx4090, a100, h100, h800, h200 or b200 (default: each)")
+    serving.add_argument("--context", type=int, metavar="N", help="tokens of a sequence (default: the model's longest)")
+    serving.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once (default 1)")
+    serving.add_argument("--json", action="store_true", help="print every figure as JSON")
 
 
 def _add_info(commands) -> None:
@@ -523,11 +537,28 @@ def plan(json: bool, config: Path | None, **budget) -> None:
     print(planned.json() if json else text_of_plan(planned))
 
 
-def info(model: str, context: int) -> None:
-    from modeling_axk1 import AxK1Config, count_flops, count_parameters
+def plan_serve(model: str, gpu: str | None, context: int | None, batch: int, json: bool, **budget) -> None:
+    from trainers.serve_plan import json_of_serving, plan_serving, text_of_serving
+
+    if budget["flops"] is not None or budget["days"] is not None:
+        raise ValueError("a budget plans training, serve plans serving; drop --flops and --days, or serve.")
+    config, asked = _config(model), {"gpu": gpu, "context": context, "batch": batch}
+    ways = plan_serving(config, **asked)
+    print(json_of_serving(ways) if json else text_of_serving(config, ways, **asked))
+
+
+def _config(model: str):
+    """Of a folder, or of a preset."""
+    from modeling_axk1 import AxK1Config
 
     is_folder = (Path(model) / "config.json").exists()
-    config = AxK1Config.from_pretrained(model) if is_folder else AxK1Config.preset(model)
+    return AxK1Config.from_pretrained(model) if is_folder else AxK1Config.preset(model)
+
+
+def info(model: str, context: int) -> None:
+    from modeling_axk1 import count_flops, count_parameters
+
+    config = _config(model)
     parameters = count_parameters(config)
     moe_layers = config.mlp_layer_types.count("sparse")
     print(f"{model}: {config.num_hidden_layers} layers ({moe_layers} MoE), hidden {config.hidden_size}, ", end="")
