@@ -17,7 +17,10 @@ EXAMPLES = {
   axk1 rl --config recipes/configs/rl_cpu.yaml
   axk1 eval runs/nano/fused --tasks gsm8k_test.jsonl --modes think,no-think
   axk1 convert to-hf CHECKPOINT MODEL
+  axk1 doctor MODEL
+  axk1 push MODEL ORG/NAME --dry-run
   axk1 plan --flops 2.548e24
+  axk1 plan serve k1 --gpu h200
   axk1 info k1
 
 `axk1 COMMAND --help` says more. AXK1_DEBUG=1 (or --debug) shows the traceback of an error.""",
@@ -86,6 +89,18 @@ A flag overrides the YAML file's value. `axk1 rl --all-settings` lists them all.
 CHECKPOINT is the folder with latest_checkpointed_iteration.txt, or an iter_* or release folder. Neither Megatron nor a GPU is
 needed, memory does not grow with the model, and nothing in a checkpoint is ever run. Killed, or out of disk space: run the
 same command again, it goes on where it was.""",
+    "doctor": """examples:
+  axk1 doctor MODEL             every fault, whom it breaks, and the remedy; status 1 if there are errors
+  axk1 doctor MODEL --json
+
+Reads config, tokenizer, generation config and the headers of the safetensors files: seconds for 519B parameters. Holds each
+tensor's name, shape and dtype against the config. Loads no weight and runs no file of the checkpoint.""",
+    "push": """examples:
+  axk1 push MODEL ORG/NAME --dry-run --license apache-2.0 --language en ko
+  axk1 push MODEL ORG/NAME --base-model skt/A.X-K1 --results runs/eval/results.json --recipe sft.yaml --private
+
+Sends weights, config, generation config, tokenizer with its templates, and a card; pickles and other files stay. The doctor
+has to find no error. What the folder's README.md says is kept. Interrupted: run it again, what is there is not sent again.""",
     "plan": """examples:
   axk1 plan --flops 2.548e24                           A.X K1's budget, beside what its report says
   axk1 plan --gpus 512 --days 30 --gpu h100            at the throughput that the layout should reach
@@ -95,6 +110,12 @@ same command again, it goes on where it was.""",
 
 FLOPs are GPU time: GPUs x seconds x sustained FLOP/s, as a cluster is booked. Every figure shows its law and source.
 With --days alone, throughput and model are sought together and may settle a layout's step away: see the days printed.""",
+    "plan serve": """examples:
+  axk1 plan serve k1                                  the fewest GPUs of each kind for each precision, at full context
+  axk1 plan serve k1 --gpu h200 --context 32768 --batch 16    every layout, with its command
+  axk1 plan serve MODEL --gpu h100 --json
+
+Memory only: weights, one layer's activations, and the cache of latents. Every figure shows its formula.""",
     "info": """examples:
   axk1 info k1                 one of the presets: k1, light, nano
   axk1 info runs/nano/fused --context 4096""",
@@ -102,7 +123,8 @@ With --days alone, throughput and model are sought together and may settle a lay
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
+    """Run one command; returns the exit status: 0, 1 where `doctor` finds errors, 2 for an error that the user can mend, 130
+    when interrupted."""
     parser = build_parser()
     known, settings = parser.parse_known_args(argv)
     options = vars(known)
@@ -113,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     run, debug = options.pop("run"), options.pop("debug") or bool(os.environ.get("AXK1_DEBUG"))
     try:
-        run(**options)
+        # A command that judges says so by its status; the others return nothing.
+        return run(**options) or 0
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
@@ -124,7 +147,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("axk1: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -144,6 +166,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(commands, "rl", rl, "train both modes by reinforcement (DAPO with GSPO's ratio)")
     _add_eval(commands)
     _add_convert(commands)
+    _add_doctor(commands)
+    _add_push(commands)
     _add_plan(commands)
     _add_info(commands)
     return parser
@@ -332,6 +356,28 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_doctor(commands) -> None:
+    summary = "say what is wrong with a checkpoint for transformers, vLLM and SGLang"
+    command = _add_command(commands, "doctor", doctor, summary)
+    command.add_argument("model", metavar="MODEL", type=Path, help="folder of an A.X K1 model")
+    command.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def _add_push(commands) -> None:
+    command = _add_command(commands, "push", push, "send a model to the Hub, with a card from config, recipe and results")
+    command.add_argument("model", metavar="MODEL", type=Path, help="folder of an A.X K1 model; never changed")
+    command.add_argument("repo", metavar="REPO", help="ORG/NAME; made if it is not there")
+    command.add_argument("--dry-run", action="store_true", help="show files, bytes and card; send nothing")
+    command.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    command.add_argument("--remote-code", action="store_true", help="add the model's code, for trust_remote_code=True")
+    command.add_argument("--license", metavar="ID", help="as the Hub spells it (default: the README.md's)")
+    command.add_argument("--language", nargs="+", metavar="CODE", help="en ko ... (default: the README.md's)")
+    command.add_argument("--base-model", nargs="+", metavar="REPO", help="what it was made from, if from anything")
+    command.add_argument("--relation", help="finetune, quantized, adapter or merge (default: by the files)")
+    command.add_argument("--results", type=Path, metavar="FILE", help="results.json of axk1 eval")
+    command.add_argument("--recipe", type=Path, metavar="FILE", help="YAML file that it was trained with")
+
+
 def _add_plan(commands) -> None:
     command = _add_command(commands, "plan", plan, "derive model, tokens, vocabulary and layout from a compute budget")
     command.add_argument("--flops", type=float, metavar="C", help="the budget in FLOPs of GPU time, or give --days")
@@ -350,6 +396,13 @@ def _add_plan(commands) -> None:
     )
     command.add_argument("--json", action="store_true", help="print every figure as JSON")
     command.add_argument("--config", type=Path, metavar="DIR", help="write the planned model's config.json there")
+    summary = "say which GPUs hold which precision and how much context"
+    serving = _add_command(command.add_subparsers(metavar="serve"), "serve", plan_serve, summary, "plan serve")
+    serving.add_argument("model", metavar="MODEL", nargs="?", default="k1", help="preset or folder (default k1)")
+    serving.add_argument("--gpu", help="rtx4090, a100, h100, h800, h200 or b200 (default: each)")
+    serving.add_argument("--context", type=int, metavar="N", help="tokens of a sequence (default: the model's longest)")
+    serving.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once (default 1)")
+    serving.add_argument("--json", action="store_true", help="print every figure as JSON")
 
 
 def _add_info(commands) -> None:
@@ -496,6 +549,24 @@ def convert_inspect(source: Path, **options) -> None:
         raise ValueError(problem)
 
 
+def doctor(model: Path, json: bool) -> int:
+    from conversion.doctor import diagnose, text_of
+
+    diagnosis = diagnose(model)
+    print(diagnosis.json() if json else text_of(diagnosis))
+    return 1 if diagnosis.errors() else 0
+
+
+def push(model: Path, repo: str, dry_run: bool, private: bool, remote_code: bool, **card) -> None:
+    from conversion.hub import CardSettings, plan_push, push_to_hub, text_of_push
+
+    settings = CardSettings(**card)
+    if dry_run:
+        print(text_of_push(plan_push(model, repo, settings, remote_code=remote_code)))
+    else:
+        print(push_to_hub(model, repo, settings, remote_code=remote_code, private=private))
+
+
 def plan(json: bool, config: Path | None, **budget) -> None:
     from trainers.planning import plan_budget, text_of_plan
 
@@ -505,13 +576,30 @@ def plan(json: bool, config: Path | None, **budget) -> None:
     print(planned.json() if json else text_of_plan(planned))
 
 
+def plan_serve(model: str, gpu: str | None, context: int | None, batch: int, json: bool, **budget) -> None:
+    from trainers.serve_plan import json_of_serving, plan_serving, text_of_serving
+
+    if budget["flops"] is not None or budget["days"] is not None:
+        raise ValueError("a budget plans training, serve plans serving; drop --flops and --days, or serve.")
+    config, asked = _config(model), {"gpu": gpu, "context": context, "batch": batch}
+    ways = plan_serving(config, **asked)
+    print(json_of_serving(ways) if json else text_of_serving(config, ways, **asked))
+
+
+def _config(model: str):
+    """Of a folder, or of a preset."""
+    from modeling_axk1 import AxK1Config
+
+    is_folder = (Path(model) / "config.json").exists()
+    return AxK1Config.from_pretrained(model) if is_folder else AxK1Config.preset(model)
+
+
 def info(model: str, context: int) -> None:
-    from modeling_axk1 import AxK1Config, count_flops, count_parameters
+    from modeling_axk1 import count_flops, count_parameters
     from modeling_axk1.quantization_axk1 import cards_table
     from trainers.report import text_table
 
-    is_folder = (Path(model) / "config.json").exists()
-    config = AxK1Config.from_pretrained(model) if is_folder else AxK1Config.preset(model)
+    config = _config(model)
     parameters = count_parameters(config)
     moe_layers = config.mlp_layer_types.count("sparse")
     print(f"{model}: {config.num_hidden_layers} layers ({moe_layers} MoE), hidden {config.hidden_size}, ", end="")
