@@ -1,0 +1,141 @@
+"""Does a model on several ranks compute, learn, hold and read what it should? Against one process, over gloo on a CPU."""
+
+import pytest
+import torch
+from transformers.distributed import DistributedConfig
+
+from modeling_axk1 import AxK1Config, AxK1ForCausalLM
+from tests.modeling_axk1.parallel_checks import check_layouts, infer_and_train
+from tests.random_models import YARN, ours, padded_ids
+from tests.ranks import run_on_ranks
+from tests.tolerances import CACHED_STEP, GRADIENT, PREFILL
+from trainers.sharding import held_parameters
+
+# Expert parallelism of four beside tensor parallelism of two needs FSDP for the other factor of two.
+LAYOUTS = {
+    "tp2": {"tp_size": 2},
+    "ep2": {"fsdp_size": 2, "ep_size": 2},
+    "tp2_ep2": {"tp_size": 2, "ep_size": 2},
+    "fsdp2": {"fsdp_size": 2},
+    "pp2": {"pp_size": 2},
+    "tp4_ep4": {"tp_size": 4, "ep_size": 4},
+    "tp2_fsdp2_ep4": {"tp_size": 2, "fsdp_size": 2, "ep_size": 4},
+}
+TRAINED = [name for name, sizes in LAYOUTS.items() if "pp_size" not in sizes]
+
+
+def config() -> AxK1Config:
+    """Heads and experts that four ranks can share; a vocabulary and a dense width that they cannot share evenly."""
+    return AxK1Config(
+        vocab_size=67,
+        hidden_size=48,
+        intermediate_size=46,
+        moe_intermediate_size=20,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=22,
+        kv_lora_rank=24,
+        qk_nope_head_dim=10,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+        attention_bias=True,
+        rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(folder, token ids, padding mask, what one process gets)."""
+    folder = tmp_path_factory.mktemp("model")
+    model = ours(config())
+    model.save_pretrained(folder)
+    ids, mask = padded_ids(model.config, rows=4)
+    return folder, ids, mask, infer_and_train(model, ids, mask, ids)
+
+
+@pytest.fixture(scope="module")
+def ranks(saved, tmp_path_factory):
+    """By layout, what each of its ranks got; two processes are started once and four once."""
+    folder, ids, mask, _ = saved
+    results = {}
+    for world in (2, 4):
+        layouts = {name: sizes for name, sizes in LAYOUTS.items() if world_of(sizes) == world}
+        out = tmp_path_factory.mktemp(f"world{world}")
+        by_rank = run_on_ranks(world, out, check_layouts, str(folder), layouts, ids, mask)
+        results |= {name: [results[name] for results in by_rank] for name in layouts}
+    return results
+
+
+def world_of(sizes: dict[str, int]) -> int:
+    layout = DistributedConfig(**sizes)
+    return layout.pp_size * layout.dp_size * layout.tp_size
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_cached_steps_and_generation_equal_one_process(saved, ranks, layout):
+    ids, truth = saved[1], saved[3]
+    for result in ranks[layout]:
+        torch.testing.assert_close(result["logits"], truth["logits"], atol=PREFILL, rtol=0)
+        torch.testing.assert_close(result["steps"], truth["steps"], atol=CACHED_STEP, rtol=0)
+        assert torch.equal(result["tokens"], truth["tokens"]) and truth["tokens"].shape[1] > ids.shape[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_rank_decodes_absorbed_on_its_own_heads(saved, ranks, layout):
+    """One call a layer and step, of the layers that the rank holds."""
+    steps = saved[1].shape[1] - 6
+    assert saved[3]["absorbed"] == 3 * steps
+    layers = [1, 2] if layout == "pp2" else [3] * world_of(LAYOUTS[layout])
+    assert [result["absorbed"] for result in ranks[layout]] == [n * steps for n in layers]
+
+
+@pytest.mark.parametrize("layout", TRAINED)
+def test_a_training_step_equals_one_process(saved, ranks, layout):
+    truth, results = saved[3], ranks[layout]
+    # Each share of the rows has as many tokens, so the mean of the losses is the loss.
+    loss = torch.stack([result["loss"] for result in results]).mean()
+    torch.testing.assert_close(loss, truth["loss"], atol=PREFILL, rtol=0)
+    largest = max(gradient.abs().max() for gradient in truth["gradients"].values())
+    for result in results:
+        assert result["gradients"].keys() == truth["gradients"].keys()
+        for name, gradient in truth["gradients"].items():
+            near = GRADIENT * max(gradient.abs().max(), largest / 1000)
+            torch.testing.assert_close(result["gradients"][name], gradient, atol=near.item(), rtol=0, msg=name)
+        for name, weight in truth["updated"].items():
+            torch.testing.assert_close(result["updated"][name], weight, atol=PREFILL, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_rank_holds_what_was_predicted(ranks, layout):
+    sizes = DistributedConfig(**LAYOUTS[layout])
+    for rank, result in enumerate(ranks[layout]):
+        assert result["held"] == 4 * held_parameters(config(), sizes, rank)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_rank_reads_only_what_it_holds(saved, ranks, layout):
+    """Over all ranks: each byte once, but for what tensor parallelism leaves whole on each of its ranks."""
+    routers = 2 * 8 * 4  # bytes of the correction biases, which are buffers
+    sizes = DistributedConfig(**LAYOUTS[layout])
+    whole_bytes = sum(p.nbytes for p in AxK1ForCausalLM(config()).parameters())
+    for result in ranks[layout]:
+        assert 0 < result["read"] <= result["held"] + routers
+    if sizes.tp_size == 1:
+        assert sum(result["held"] for result in ranks[layout]) == whole_bytes
+
+
+def test_tensor_parallelism_that_cuts_a_head_is_refused():
+    model = ours(config())
+    with pytest.raises(ValueError, match="tp_size=3 does not divide num_attention_heads=4"):
+        model._resolve_parallel_plans(DistributedConfig(tp_size=3))
+    # Experts alone may be split by any number of ranks.
+    model._resolve_parallel_plans(DistributedConfig(fsdp_size=3, ep_size=3))
