@@ -5,10 +5,11 @@ import torch
 from transformers.distributed import DistributedConfig
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
-from tests.modeling_axk1.parallel_checks import check_layouts, infer_and_train
+from tests.modeling_axk1.parallel_checks import check_layouts, check_pair, ids_of_16, infer_and_train
 from tests.random_models import YARN, ours, padded_ids
 from tests.ranks import run_on_ranks
 from tests.tolerances import CACHED_STEP, GRADIENT, PREFILL
+from trainers.pipeline import pipeline_schedule
 from trainers.sharding import held_parameters, held_shapes
 
 # Expert parallelism of four beside tensor parallelism of two needs FSDP for the other factor of two.
@@ -24,9 +25,9 @@ LAYOUTS = {
 TRAINED = [name for name, sizes in LAYOUTS.items() if "pp_size" not in sizes]
 
 
-def config() -> AxK1Config:
+def config(**overrides) -> AxK1Config:
     """Heads and experts that four ranks can share; a vocabulary and a dense width that they cannot share evenly."""
-    return AxK1Config(
+    fields = dict(
         vocab_size=67,
         hidden_size=48,
         intermediate_size=46,
@@ -50,6 +51,12 @@ def config() -> AxK1Config:
         bos_token_id=None,
         eos_token_id=None,
     )
+    return AxK1Config(**fields | overrides)
+
+
+def equal_heads() -> AxK1Config:
+    """What the CPU's flash kernel takes: values as wide as keys."""
+    return config(v_head_dim=14)
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +70,40 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ranks(saved, tmp_path_factory):
-    """By layout, what each of its ranks got; two processes are started once and four once."""
+def pair(saved, tmp_path_factory):
+    """What each of two ranks got: by layout, in a pipelined step, and with every row cut over the ranks; they start once."""
     folder, ids, mask, _ = saved
-    results = {}
-    for world in (2, 4):
-        layouts = {name: sizes for name, sizes in LAYOUTS.items() if world_of(sizes) == world}
-        out = tmp_path_factory.mktemp(f"world{world}")
-        by_rank = run_on_ranks(world, out, check_layouts, str(folder), layouts, ids, mask)
-        results |= {name: [results[name] for results in by_rank] for name in layouts}
-    return results
+    out = tmp_path_factory.mktemp("two")
+    ours(equal_heads()).save_pretrained(out / "equal_heads")
+    paths = str(folder), str(out / "equal_heads"), str(out / "pipelined")
+    return out, run_on_ranks(2, out, check_pair, *paths, layouts_of(2), ids, mask)
+
+
+@pytest.fixture(scope="module")
+def ranks(saved, pair, tmp_path_factory):
+    """By layout, what each of its ranks got."""
+    folder, ids, mask, _ = saved
+    out = tmp_path_factory.mktemp("four")
+    by_rank = run_on_ranks(4, out, check_layouts, str(folder), layouts_of(4), ids, mask)
+    results = {name: [results[name] for results in by_rank] for name in layouts_of(4)}
+    return results | {name: [results[name] for results, *_ in pair[1]] for name in layouts_of(2)}
 
 
 def world_of(sizes: dict[str, int]) -> int:
     layout = DistributedConfig(**sizes)
     return layout.pp_size * layout.dp_size * layout.tp_size
+
+
+def layouts_of(world: int) -> dict[str, dict]:
+    return {name: sizes for name, sizes in LAYOUTS.items() if world_of(sizes) == world}
+
+
+def assert_gradients_equal(gradients: dict, truth: dict) -> None:
+    largest = max(gradient.abs().max() for gradient in truth.values())
+    assert gradients.keys() == truth.keys()
+    for name, gradient in truth.items():
+        near = GRADIENT * max(gradient.abs().max(), largest / 1000)
+        torch.testing.assert_close(gradients[name], gradient, atol=near.item(), rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -104,14 +130,37 @@ def test_a_training_step_equals_one_process(saved, ranks, layout):
     # Each share of the rows has as many tokens, so the mean of the losses is the loss.
     loss = torch.stack([result["loss"] for result in results]).mean()
     torch.testing.assert_close(loss, truth["loss"], atol=PREFILL, rtol=0)
-    largest = max(gradient.abs().max() for gradient in truth["gradients"].values())
     for result in results:
-        assert result["gradients"].keys() == truth["gradients"].keys()
-        for name, gradient in truth["gradients"].items():
-            near = GRADIENT * max(gradient.abs().max(), largest / 1000)
-            torch.testing.assert_close(result["gradients"][name], gradient, atol=near.item(), rtol=0, msg=name)
+        assert_gradients_equal(result["gradients"], truth["gradients"])
         for name, weight in truth["updated"].items():
             torch.testing.assert_close(result["updated"][name], weight, atol=PREFILL, rtol=0, msg=name)
+
+
+def test_a_pipelined_step_equals_one_process_and_its_checkpoint_loads_anywhere(saved, pair):
+    truth, (out, results) = saved[3], pair
+    (no_loss, first), (loss, last) = (step for _, step, _ in results)
+    assert no_loss is None and not first.keys() & last.keys()
+    torch.testing.assert_close(loss, truth["loss"], atol=PREFILL, rtol=0)
+    assert_gradients_equal(first | last, truth["gradients"])
+    model = AxK1ForCausalLM.from_pretrained(out / "pipelined")
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight, truth["updated"][name], atol=PREFILL, rtol=0, msg=name)
+
+
+def test_rows_cut_over_ranks_learn_as_one_process_does(saved, pair):
+    """Context parallelism: torch's ring attention, its balanced cutting of rows and accelerate's dropping of masks."""
+    ids, (_, results) = ids_of_16(saved[1]), pair
+    model = ours(equal_heads()).train()
+    truth = model(ids, labels=ids).loss
+    truth.backward()
+    for *_, (loss, gradients) in results:
+        torch.testing.assert_close(loss, truth.detach(), atol=PREFILL, rtol=0)
+        assert_gradients_equal(gradients, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+
+
+def test_a_whole_model_is_no_pipeline():
+    with pytest.raises(ValueError, match="on no pipeline"):
+        pipeline_schedule(ours(config()), micro_batches=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
