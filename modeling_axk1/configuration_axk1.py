@@ -92,7 +92,13 @@ class AxK1Config(PreTrainedConfig):
     model_type = "axk1"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_local_experts": "n_routed_experts"}
+    # Heads over ranks, which stock's plan for axk1 leaves whole: the two up-projections by rows, the output by columns. The
+    # down-projections to the latents are small and stay on every rank; "mla_kv_a_proj" adds up the shared key's gradient.
     base_model_tp_plan = {
+        "layers.*.self_attn.q_b_proj": "colwise",
+        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+        "layers.*.self_attn.kv_b_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import initialization as init
@@ -211,16 +212,23 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the module computes x @ weight.T with the weight as it stands: no adapter, quantisation, shard, hook, offload."""
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) in (nn.Parameter, Tensor)
-        and module.bias is None
-        and "forward" not in module.__dict__  # accelerate's hooks replace it on the instance
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-    )
+def matrix_of(module: nn.Module) -> Tensor | None:
+    """This rank's rows of the W in module(x) = x @ W.T, or None if it does more: adapter, quantisation, hook, offload.
+
+    Under transformers' tensor parallelism ("colwise") these are the rows of the rank's own heads, without gradient only: with
+    one, the latents' is a sum over ranks, which the module itself makes.
+    """
+    if type(module) is not nn.Linear or module.bias is not None:
+        return None
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return None
+    weight = module.weight
+    if isinstance(weight, DTensor):
+        mine = weight.placements == (Shard(0),) and weight.device_mesh.mesh_dim_names == ("tp",)
+        return weight.to_local() if mine and not torch.is_grad_enabled() else None
+    # accelerate's hooks replace it on the instance
+    plain = type(weight) in (nn.Parameter, Tensor) and "forward" not in module.__dict__
+    return weight if plain else None
 
 
 class AxK1Attention(nn.Module):
@@ -303,7 +311,7 @@ class AxK1Attention(nn.Module):
 
     def absorbs(self, queries: int, keys: int, attention_mask) -> bool:
         """Whether the absorbed form gives the same result here, and cheaper: multiply-adds a head counted for both forms."""
-        if not is_plain_linear(self.kv_b_proj) or (self.training and self.attention_dropout):
+        if matrix_of(self.kv_b_proj) is None or (self.training and self.attention_dropout):
             return False
         # Several queries with no mask, or a padding mask alone, lean on the attention function's own idea of causality.
         spells_out = isinstance(attention_mask, BlockMask) or (attention_mask is not None and attention_mask.dim() == 4)
@@ -320,7 +328,7 @@ class AxK1Attention(nn.Module):
         B, N, Q, _ = query.shape
         q_nope, q_rope = query.split([self.nope, self.rope], dim=-1)
         latent_BSL, k_rope_BSD = latent_B1SL[:, 0], k_rope_B1SD[:, 0]
-        up_NDL = self.kv_b_proj.weight.view(N, self.nope + self.value, -1)
+        up_NDL = matrix_of(self.kv_b_proj).view(N, self.nope + self.value, -1)
         w_key, w_value = up_NDL.split([self.nope, self.value], dim=1)
         q_absorbed = q_nope @ w_key
         eager = self.config._attn_implementation == "eager"
@@ -681,6 +689,26 @@ class AxK1PreTrainedModel(QuantizesExperts, PreTrainedModel):
                 f"{missing[0]} the first; use the config.json that belongs to these weights, or the class that saved them."
             )
         return (model, info) if output_loading_info else model
+
+    def _resolve_parallel_plans(self, distributed_config):
+        """As transformers', but a tensor-parallel size that would cut through a head is refused."""
+        plans = super()._resolve_parallel_plans(distributed_config)
+        heads, ranks = self.config.num_attention_heads, distributed_config.tp_size
+        if heads % ranks and any(name.endswith("self_attn.q_b_proj") for name in plans[0]):
+            raise ValueError(f"tp_size={ranks} does not divide num_attention_heads={heads}; use a divisor.")
+        return plans
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As transformers', but each pipeline stage counts its layers from 0.
+
+        Masks and positions follow layer 0 of the cache, which else only the first stage fills.
+        """
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        held = [module for module in model.modules() if isinstance(module, AxK1Attention)]
+        for layer_idx, attention in enumerate(held):
+            attention.layer_idx = layer_idx
+        return model
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation("axk1" if requested_experts is None else requested_experts)
