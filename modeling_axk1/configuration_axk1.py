@@ -84,13 +84,17 @@ class AxK1Config(PreTrainedConfig):
     post_mlp_norm: RMSNorm on the MoE output, the second half of "dual normalization" [paper]; False is for experiments,
         neither stock transformers nor vLLM can run it.
     router_aux_loss_coef: weight of the sequence-wise balance loss [DeepSeek-V3, eq. 17-20]; 0.0 switches it off.
-    num_nextn_predict_layers: multi-token-prediction layers in the checkpoint; the release ships none.
+    num_nextn_predict_layers: multi-token-prediction layers in the checkpoint; the release ships none. Where the file asks for
+        them and holds no weight of theirs, `from_pretrained` warns and sets 0: they are never left random.
+    mtp_loss_weight: of the mean over those layers of their loss [DeepSeek-V3, 4.2: 0.3, later 0.1; see mtp_weight].
+    fused_linear_loss: take the loss in chunks of tokens and give no logits while training (`skip_logits=False` asks for
+        them). Off by default, because TRL's trainers read the logits of a training step; for pre-training switch it on.
 
     Raises ValueError, one sentence, for values that no checkpoint can have.
     """
 
     model_type = "axk1"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "mtp_loss"]
     attribute_map = {"num_local_experts": "n_routed_experts"}
     base_model_tp_plan = {
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
@@ -140,6 +144,8 @@ class AxK1Config(PreTrainedConfig):
     mlp_layer_types: list[str] | None = None
     post_mlp_norm: bool = True  # paper, "dual normalization"
     num_nextn_predict_layers: int | None = 0
+    mtp_loss_weight: float = 0.3  # DeepSeek-V3, section 4.2; the paper gives none
+    fused_linear_loss: bool = False
     router_aux_loss_coef: float = 0.0
     output_router_logits: bool = False
     hidden_act: str = "silu"
