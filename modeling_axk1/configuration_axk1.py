@@ -319,6 +319,8 @@ def compatibility_warnings(config: AxK1Config) -> list[str]:
 def count_parameters(config: AxK1Config) -> dict[str, int]:
     """Exact parameter counts by part, with `total` and `active`; router biases are buffers and not counted.
 
+    Multi-token-prediction layers are the part `mtp`, where the configuration has any.
+
     `active` is `total` minus the routed experts that a token does not visit (embedding and head counted whole).
     """
     hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
@@ -345,8 +347,15 @@ def count_parameters(config: AxK1Config) -> dict[str, int]:
         "shared_experts": sparse * config.n_shared_experts * expert,
         "routed_experts": sparse * config.n_routed_experts * expert,
     }
+    predicting, sparse_predicting = config.num_nextn_predict_layers, 0
+    if predicting:
+        sparse_predicting = predicting * (config.mlp_layer_types[-1] == "sparse")
+        mlp = 3 * hidden * config.intermediate_size
+        if sparse_predicting:
+            mlp = config.n_routed_experts * (hidden + expert) + config.n_shared_experts * expert
+        parts["mtp"] = predicting * (attention + layer_norms + mlp + 2 * hidden * hidden + 3 * hidden)
     total = sum(parts.values())
-    unvisited = sparse * (config.n_routed_experts - config.num_experts_per_tok) * expert
+    unvisited = (sparse + sparse_predicting) * (config.n_routed_experts - config.num_experts_per_tok) * expert
     return {**parts, "total": total, "active": total - unvisited}
 
 
@@ -359,12 +368,13 @@ def count_flops(
     absorbed: bool = False,
     logits: int | None = None,
     backward: bool = False,
+    mtp: bool = False,
 ) -> dict[str, int]:
     """Exact matmul FLOPs (2 a multiply-add) of one forward pass by part, with `total`; backward doubles on top.
 
     queries: new tokens a row; keys: tokens attended a row, cached ones included (default: queries). The attention core is
     counted whole, masked half included, as it is computed without a causal kernel. absorbed: the decode form of MLA.
-    logits: positions a row that reach the head (default: all).
+    logits: positions a row that reach the head (default: all). mtp: count the multi-token-prediction layers and their logits too.
     """
     keys = queries if keys is None else keys
     logits = queries if logits is None else logits
@@ -388,6 +398,13 @@ def count_flops(
         "routed_experts": 2 * sparse * tokens * config.num_experts_per_tok * expert,
         "lm_head": 2 * batch * logits * hidden * config.vocab_size,
     }
+    if mtp and config.num_nextn_predict_layers:
+        # A layer of the last one's kind, the joining projection, the head once more.
+        kind = ("shared_experts", "routed_experts", "router") if config.mlp_layer_types[-1] == "sparse" else ("dense_mlp",)
+        block = sum(parts[name] // layers for name in ("attention_projections", "latent_expansion", "attention_core"))
+        block += sum(parts[name] // config.mlp_layer_types.count(config.mlp_layer_types[-1]) for name in kind)
+        join = 2 * tokens * 2 * hidden * hidden
+        parts["mtp"] = config.num_nextn_predict_layers * (block + join + parts["lm_head"])
     if backward:
         parts = {name: 3 * flops for name, flops in parts.items()}
     return {**parts, "total": sum(parts.values())}

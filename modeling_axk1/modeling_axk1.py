@@ -36,6 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_axk1 import grow_in_place
 from .configuration_axk1 import AxK1Config
+from .fp8_axk1 import fp8_experts_forward
 from .generation_axk1 import ThinkingGenerationMixin
 from .loss_axk1 import fused_causal_lm_loss, next_token_targets
 from .mla_kernels import attend_latents_op, takes
@@ -46,6 +47,7 @@ logger = logging.get_logger(__name__)
 
 # Registered here and not in __init__.py, which a Hub folder with remote code never runs.
 ALL_EXPERTS_FUNCTIONS.register("axk1", axk1_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register("axk1_fp8", fp8_experts_forward)
 # Separate experts on disk, fused in memory, by the very mapping of stock transformers: registered once more, because
 # transformers withholds it from classes that live outside its own package.
 register_checkpoint_conversion_mapping("axk1", get_checkpoint_conversion_mapping("axk1"), overwrite=True)
