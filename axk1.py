@@ -18,6 +18,8 @@ EXAMPLES = {
   axk1 eval runs/nano/fused --tasks gsm8k_test.jsonl --modes think,no-think
   axk1 convert to-hf CHECKPOINT MODEL
   axk1 plan --flops 2.548e24
+  axk1 tokenizer train OUT --source ko=reviews.jsonl:0.6 --source code=src:0.4
+  axk1 curate run RECIPE.yaml
   axk1 info k1
 
 `axk1 COMMAND --help` says more. AXK1_DEBUG=1 (or --debug) shows the traceback of an error.""",
@@ -90,6 +92,14 @@ same command again, it goes on where it was.""",
 
 FLOPs are GPU time: GPUs x seconds x sustained FLOP/s, as a cluster is booked. Every figure shows its law and source.
 With --days alone, throughput and model are sought together and may settle a layout's step away: see the days printed.""",
+    "tokenizer": """examples:
+  axk1 tokenizer train OUT --source ko=reviews.jsonl:0.4 --source en=books/:0.4 --source 'code=src/**/*.py:0.2'
+  axk1 tokenizer train OUT --source en=web.parquet:1 --vocab-size 32768 --sample-gb 1
+  axk1 tokenizer compare OUT OTHER --texts ko=reviews.jsonl en=heldout.txt
+
+A byte-level BPE that gives back any text exactly: digits one by one, runs of blanks kept, the chat template of both modes.
+A source is a file, folder or pattern of .jsonl, .parquet, .warc (also compressed) or plain text, its share that of the sample.
+Memory grows with the sample, not with the files. What cannot be read is counted in OUT/report.json.""",
     "info": """examples:
   axk1 info k1                 one of the presets: k1, light, nano
   axk1 info runs/nano/fused --context 4096""",
@@ -139,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_convert(commands)
     _add_plan(commands)
+    _add_tokenizer(commands)
     _add_info(commands)
     return parser
 
@@ -319,12 +330,41 @@ def _add_plan(commands) -> None:
     command.add_argument("--days", type=float, metavar="N", help="the budget as --gpus for N days")
     command.add_argument("--gpus", type=int, default=1024, metavar="N", help="GPUs of the cluster (default 1024)")
     command.add_argument("--gpu", default="h200", help="a100, h100, h800, h200 or b200 (default h200)")
-    command.add_argument("--tflops", type=float, metavar="X", help="sustained by each GPU, with --days (default: modelled)")
     command.add_argument(
-        "--tokens-per-parameter", type=float, default=20.0, metavar="R", help="a total parameter (default 20: Chinchilla)"
+        "--tflops", type=float, metavar="X", help="sustained by each GPU, with --days (default: modelled)"
+    )
+    command.add_argument(
+        "--tokens-per-parameter",
+        type=float,
+        default=20.0,
+        metavar="R",
+        help="a total parameter (default 20: Chinchilla)",
     )
     command.add_argument("--json", action="store_true", help="print every figure as JSON")
     command.add_argument("--config", type=Path, metavar="DIR", help="write the planned model's config.json there")
+
+
+def _add_tokenizer(commands) -> None:
+    summary = "train a tokenizer, or compare how well several compress"
+    actions = _add_command(commands, "tokenizer", None, summary).add_subparsers(metavar="ACTION", required=True)
+
+    command = _add_command(actions, "train", tokenizer_train, "learn a byte-level BPE", "tokenizer")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write, whole or not at all")
+    command.add_argument(
+        "--source", action="append", required=True, metavar="NAME=PATH:SHARE", help="repeat; shares sum to 1"
+    )
+    # A.X K1's: 5 x 2^15.  [tech report]
+    command.add_argument("--vocab-size", type=int, default=163_840, metavar="N", help="default 163840; 128 divides it")
+    command.add_argument("--reserved", type=int, default=64, metavar="N", help="spare special tokens (default 64)")
+    command.add_argument("--sample-gb", type=float, default=5.0, metavar="GB", help="learn from so much (default 5)")
+    command.add_argument("--text-key", default="text", metavar="KEY", help="column of JSONL and Parquet (default text)")
+
+    command = _add_command(actions, "compare", tokenizer_compare, "count tokens and bytes per token", "tokenizer")
+    command.add_argument("tokenizers", nargs="+", metavar="TOKENIZER", help="folder of any tokenizer")
+    command.add_argument("--texts", nargs="+", required=True, metavar="NAME=PATH", help="by language")
+    command.add_argument("--limit", type=int, default=1000, metavar="N", help="documents each (default 1000)")
+    command.add_argument("--text-key", default="text", metavar="KEY", help="column of JSONL and Parquet (default text)")
+    command.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def _add_info(commands) -> None:
@@ -464,6 +504,22 @@ def plan(json: bool, config: Path | None, **budget) -> None:
     if config:
         planned.config.save_pretrained(config)
     print(planned.json() if json else text_of_plan(planned))
+
+
+def tokenizer_train(**options) -> None:
+    from trainers.tokenizer_training import run_train
+
+    run_train(**options)
+
+
+def tokenizer_compare(json: bool, **options) -> None:
+    from json import dumps
+
+    from trainers import report
+    from trainers.tokenizer_training import compare, shown
+
+    rows = compare(**options)
+    print(dumps(rows, indent=2, ensure_ascii=False) if json else report.text_table([shown(row) for row in rows]))
 
 
 def info(model: str, context: int) -> None:
