@@ -11,11 +11,14 @@ import math
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from trainers.corpus import files_of, read_documents
 
 # A label shows in the first pages; a document of 100 MB costs no more than one of them.
 MAX_CHARACTERS = 4_000
@@ -355,3 +358,33 @@ def _by_value(label: str) -> tuple:
         return (0, float(label), label)
     except ValueError:
         return (1, 0.0, label)
+
+
+def read_rows(paths: Sequence[str], text_key: str, label_key: str) -> tuple[list[str], list[str]]:
+    """Texts and labels of JSONL or Parquet files; ValueError names how many rows lack a label, if any does."""
+    counts: Counter = Counter()
+    rows = [row for path in paths for row in read_documents(files_of(path), counts, text_key=text_key)]
+    labelled = [(row.text, str(row.fields[label_key])) for row in rows if row.fields.get(label_key) is not None]
+    if not rows or len(labelled) < len(rows):
+        raise ValueError(
+            f"{len(rows) - len(labelled)} of {len(rows)} rows lack {label_key!r} (read: {dict(+counts)}); mend them."
+        )
+    return [text for text, _ in labelled], [label for _, label in labelled]
+
+
+def run_train(
+    out: Path, data: list[str], text_key: str, label_key: str, order: str | None, base: str | None, settings: dict
+) -> None:
+    """`axk1 curate train-classifier`."""
+    texts, labels = read_rows(data, text_key, label_key)
+    result = train_classifier(out, texts, labels, order.split(",") if order else None, base, **settings)
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def run_eval(classifier: Path, data: list[str], text_key: str, label_key: str) -> None:
+    """`axk1 curate eval-classifier`."""
+    print(
+        json.dumps(
+            evaluate(load_classifier(classifier), *read_rows(data, text_key, label_key)), indent=2, ensure_ascii=False
+        )
+    )
