@@ -85,7 +85,7 @@ class PretrainConfig(TrainingArguments):
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "wandb, tensorboard, ... or none."})
+    report_to: str = field(default="none", metadata={"help": "wandb, tensorboard, ... or none."})
 
     def __post_init__(self):
         # Our own counters say where to go on; replaying all batches would take days.
