@@ -13,6 +13,7 @@ EXAMPLES = {
   axk1 chat runs/nano/fused --think
   axk1 serve runs/nano/fused --port 8000
   axk1 merge THINKING NONTHINKING MERGED --alpha 0.8
+  axk1 pretrain recipes/k1_stages.yaml --data CURATED.jsonl --tokenizer DIR --scale 1e-9
   axk1 sft --config recipes/configs/sft_cpu.yaml
   axk1 rl --config recipes/configs/rl_cpu.yaml
   axk1 eval runs/nano/fused --tasks gsm8k_test.jsonl --modes think,no-think
@@ -61,6 +62,20 @@ of ThinkFusionConfig (TRL's SFTConfig and more), of TRL's ModelConfig (LoRA, dty
   --dataset       .jsonl or .parquet file, folder or Hub name: Mode-Overlap rows, or question and answer as in GSM8K
   --test_dataset  prompts that must not occur in training; a few of them are answered in both modes while it runs
 A flag overrides the YAML file's value. `axk1 sft --all-settings` lists them all. --push_to_hub pushes at the end.""",
+    "pretrain": """examples:
+  axk1 pretrain recipes/k1_stages.yaml --data CURATED.jsonl --model nano --tokenizer DIR --scale 1e-9
+  axk1 pretrain STAGES.yaml --data 'curated/*.jsonl' --model PLANNED --tokenizer DIR --output_dir runs/pretrain
+  axk1 pretrain STAGES.yaml ... --optimizer muon --recompute selective --on_spike rollback --bf16 true
+  torchrun --nproc_per_node 8 -m axk1 pretrain STAGES.yaml ...      see recipes/launch for Slurm
+
+STAGES.yaml is a table: tokens, context ramp, mixture, learning-rate phase and order of each stage; recipes/k1_stages.yaml shows
+all of it. Its `model`, `tokenizer` and `settings` are overridden by flags. Settings are those of PretrainConfig
+(TrainingArguments and more) and
+  --data       JSONL (text, metadata.domain, metadata.difficulty), Parquet or text; for sources that list no files of their own
+  --model      nano, light, k1, a folder with a config.json (`axk1 plan --config` writes one), or a model to go on with
+  --scale      all token counts times this; contexts and batches shrink where a level would hold no row
+`axk1 pretrain --all-settings` lists them all. Killed? The same command goes on, to the same numbers; SIGTERM saves first.
+For Megatron: axk1 convert to-megatron OUTPUT_DIR CHECKPOINT.""",
     "eval": """examples:
   axk1 eval MODEL --tasks gsm8k_test.jsonl --modes think,no-think --out runs/eval
   axk1 eval MODEL --tasks reasoning-gym:color_cube_rotation --limit 200 --max-new-tokens 512
@@ -184,6 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_merge(commands)
     _add_adapter(commands)
+    _add_training(commands, "pretrain", pretrain, "pre-train in stages, by a table", "STAGES.yaml ")
     _add_training(commands, "sft", sft, "fine-tune a model in both modes (Think-Fusion)")
     _add_training(commands, "rl", rl, "train both modes by reinforcement (DAPO with GSPO's ratio)")
     _add_eval(commands)
@@ -266,9 +282,9 @@ def _add_adapter(commands) -> None:
     command.add_argument("out_dir", metavar="OUT", type=Path)
 
 
-def _add_training(commands, name: str, run, summary: str) -> None:
+def _add_training(commands, name: str, run, summary: str, first: str = "[--config FILE.yaml] ") -> None:
     command = _add_command(commands, name, run, summary)
-    command.usage = f"axk1 {name} [--config FILE.yaml] [--SETTING VALUE ...]"
+    command.usage = f"axk1 {name} {first}[--SETTING VALUE ...]"
     # A setting that begins like one of ours must not be taken for it.
     command.allow_abbrev = False
     command.add_argument("--all-settings", action="store_true", help="list every setting")
@@ -388,7 +404,9 @@ def _add_doctor(commands) -> None:
 
 
 def _add_push(commands) -> None:
-    command = _add_command(commands, "push", push, "send a model to the Hub, with a card from config, recipe and results")
+    command = _add_command(
+        commands, "push", push, "send a model to the Hub, with a card from config, recipe and results"
+    )
     command.add_argument("model", metavar="MODEL", type=Path, help="folder of an A.X K1 model; never changed")
     command.add_argument("repo", metavar="REPO", help="ORG/NAME; made if it is not there")
     command.add_argument("--dry-run", action="store_true", help="show files, bytes and card; send nothing")
@@ -500,7 +518,9 @@ def _add_labelled(command: argparse.ArgumentParser) -> None:
 
 
 def _add_info(commands) -> None:
-    command = _add_command(commands, "info", info, "print a model's dimensions, parameters, FLOPs and the cards that hold it")
+    command = _add_command(
+        commands, "info", info, "print a model's dimensions, parameters, FLOPs and the cards that hold it"
+    )
     command.add_argument("model", metavar="MODEL", help="k1, light, nano, or a folder with a config.json")
     command.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of context (default 4096)")
 
@@ -549,6 +569,12 @@ def adapter_export(adapter_dir: Path, out_dir: Path) -> None:
 
     warnings = export_adapter(adapter_dir, out_dir)
     print(f"wrote {out_dir}: {adapter_dir}, expert by expert", *warnings, sep="\n")
+
+
+def pretrain(settings: list[str], all_settings: bool) -> None:
+    from trainers.pretrain_run import run_pretrain
+
+    run_pretrain(["STAGES.yaml", "--help"] if all_settings else settings)
 
 
 def sft(settings: list[str], all_settings: bool) -> None:

@@ -463,7 +463,9 @@ class AxK1TopkRouter(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns logits [T, E] fp32, routing weights [T, K] fp32 and expert ids [T, K] int64."""
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits_TE = F.linear(hidden_TH.to(torch.float32), self.weight.to(torch.float32))
+        # Autocast would take the fp32 inputs for a reason to compute in bf16.
+        with torch.autocast(hidden_TH.device.type, enabled=False):
+            logits_TE = F.linear(hidden_TH.to(torch.float32), self.weight.to(torch.float32))
         if missing_for_kernels(logits_TE.device):
             scores_TE = logits_TE.sigmoid()
             expert_TK = self.choose(scores_TE.detach())
