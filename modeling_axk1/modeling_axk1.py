@@ -980,8 +980,10 @@ class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin, DraftingGene
 
     def token_loss(self, hidden_states: Tensor, logits: Tensor | None, **targets) -> Tensor:
         """transformers' loss from the logits, or from the head's input where there are none."""
-        if logits is None and is_plain_linear(self.lm_head):
-            return fused_causal_lm_loss(hidden_states, self.lm_head.weight, **targets)
+        weight = matrix_of(self.lm_head) if logits is None else None
+        # A rank of tensor parallelism holds a part of the vocabulary only.
+        if weight is not None and len(weight) == self.config.vocab_size:
+            return fused_causal_lm_loss(hidden_states, weight, **targets)
         if logits is None:
             logger.warning_once(
                 f"the loss takes whole logits, because lm_head ({type(self.lm_head).__name__}) is no plain linear layer here."
