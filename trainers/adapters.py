@@ -8,7 +8,7 @@ saves, and each loads the other's.
 import copy
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from os import PathLike
 
@@ -65,7 +65,7 @@ def target_names(model: nn.Module, targets: Sequence[str]) -> dict[str, list[str
         raise ValueError(f"targets has {', '.join(sorted(unknown))}, which is no part; choose of {', '.join(PARTS)}.")
     parts: dict[str, set[str]] = {part: set() for part in PARTS}
     routed = routed_experts(model)
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         if isinstance(module, nn.Linear) and not name.startswith(tuple(f"{each}." for each in routed)):
             for part in [part for part, pattern in LINEAR_PARTS.items() if pattern.search(f".{name}")][:1]:
                 parts[part].add(ending(name))
@@ -94,15 +94,18 @@ def check_that_peft_keeps(modules: list[str], model: nn.Module) -> None:
 
 
 def routed_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """The routed experts of each layer by name, fused in [E, 2I, H] and [E, H, I] or packed one by one; of any model.
-
-    The names are the model's own, whether or not adapters already wrap the experts.
-    """
+    """The routed experts of each layer by name, fused in [E, 2I, H] and [E, H, I] or packed one by one; of any model."""
     return {
-        name.replace(".base_layer", ""): module
-        for name, module in model.named_modules()
+        name: module
+        for name, module in own_modules(model)
         if is_packed(module) or (is_fused(module) and "gate_up_proj" in module._parameters)
     }
+
+
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by the names that they have in the bare model, where adapters already wrap some of them as well."""
+    for name, module in model.named_modules():
+        yield name.replace(".base_layer", ""), module
 
 
 def group_experts(config: PeftConfig | None, model: nn.Module) -> PeftConfig | None:
