@@ -353,7 +353,7 @@ def _add_plan(commands) -> None:
 
 
 def _add_info(commands) -> None:
-    command = _add_command(commands, "info", info, "print a model's dimensions, parameters and FLOPs")
+    command = _add_command(commands, "info", info, "print a model's dimensions, parameters, FLOPs and the cards that hold it")
     command.add_argument("model", metavar="MODEL", help="k1, light, nano, or a folder with a config.json")
     command.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of context (default 4096)")
 
@@ -507,6 +507,8 @@ def plan(json: bool, config: Path | None, **budget) -> None:
 
 def info(model: str, context: int) -> None:
     from modeling_axk1 import AxK1Config, count_flops, count_parameters
+    from modeling_axk1.quantization_axk1 import cards_table
+    from trainers.report import text_table
 
     is_folder = (Path(model) / "config.json").exists()
     config = AxK1Config.from_pretrained(model) if is_folder else AxK1Config.preset(model)
@@ -521,6 +523,8 @@ def info(model: str, context: int) -> None:
     prefill = count_flops(config, queries=context)["total"]
     decode = count_flops(config, queries=1, keys=context, absorbed=True)["total"]
     print(f"FLOPs at {context:,} tokens: prefill {prefill:.4g}, one decoded token {decode:.4g}")
+    print("\nCards that hold the weights, layer by layer, and the tokens that they then have room to cache:")
+    print(text_table(cards_table(config)))
 
 
 if __name__ == "__main__":

@@ -8,22 +8,26 @@ matrix goes from its shard to 4 bits by itself, so loading holds the result and 
 Axes: T tokens, K experts a token, E experts, H hidden, I expert width.
 """
 
+import ctypes
 import dataclasses
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
+from .configuration_axk1 import AxK1Config
 from .moe_dispatch import loop_backward, loop_forward, unlike_swiglu
 
 logger = logging.get_logger(__name__)
@@ -88,23 +92,25 @@ def expert_weights(experts: nn.Module, expert: int) -> tuple[Tensor, Tensor]:
 
 def gate_up_of(experts: PackedExperts, expert: int) -> Tensor:
     one = experts[expert]
-    return torch.cat([dequantised(one.gate_proj), dequantised(one.up_proj)]).to(experts.compute_dtype)
+    return torch.cat([dequantized(one.gate_proj), dequantized(one.up_proj)]).to(experts.compute_dtype)
 
 
 def down_of(experts: PackedExperts, expert: int) -> Tensor:
-    return dequantised(experts[expert].down_proj).to(experts.compute_dtype)
+    return dequantized(experts[expert].down_proj).to(experts.compute_dtype)
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether it is a linear layer of bitsandbytes'. By name: without bitsandbytes there is no class to ask for."""
-    return type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+    kind = type(module)
+    # PEFT's adapters have classes of the same names.
+    return kind.__module__.startswith("bitsandbytes.") and kind.__name__ in ("Linear4bit", "Linear8bitLt")
 
 
-def dequantised(linear: nn.Module) -> Tensor:
+def dequantized(linear: nn.Module) -> Tensor:
     """The weight [out, in] of a linear layer of torch's or bitsandbytes', without gradient. ValueError for any other module."""
     if type(linear) is nn.Linear:
         return linear.weight.detach()
-    if not is_quantised(linear):
+    if not is_quantized(linear):
         raise ValueError(
             f"A routed expert's matrix is a {type(linear).__name__}, of which quantised experts would run the base weight only; "
             "attach adapters to routed experts with trainers.adapters."
@@ -186,12 +192,16 @@ class QuantizesExperts:
         packed = [name for name, module in model.named_modules() if is_packed(module)]
         if packed:
             if load_config.device_mesh is not None:
-                raise ValueError("Quantised experts are not split over ranks; load without a tensor or expert parallel plan.")
+                raise ValueError(
+                    "Quantised experts are not split over ranks; load without a tensor or expert parallel plan."
+                )
             mapping = separate_mapping(load_config.weight_mapping, model.state_dict())
             load_config = dataclasses.replace(load_config, weight_mapping=mapping)
-        result = PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *rest, **options
-        )
+        quantises = load_config.hf_quantizer is not None and not load_config.hf_quantizer.pre_quantized
+        with mapped_blocks() if quantises else nullcontext():
+            result = PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, *rest, **options
+            )
         if isinstance(getattr(model.config, "quantization_config", None), BitsAndBytesConfig):
             settle(model, packed, result[0].missing_keys)
             # Reading packed bytes has no reverse, and needs none, but saving would look for it.
@@ -224,7 +234,7 @@ def is_fused(module: nn.Module) -> bool:
 
 def left_fused(name: str, module: nn.Module, skip: list[str]) -> str:
     """Why a fused-experts module is not quantised; empty if nothing speaks against it."""
-    if not should_convert_module(f"{name}.0.gate_proj", skip):
+    if not (should_convert_module(name, skip) and should_convert_module(f"{name}.0.gate_proj", skip)):
         return "llm_int8_skip_modules names them"
     difference = unlike_swiglu(module)
     return f"{type(module).__name__} {difference}" if difference else ""
@@ -250,6 +260,26 @@ def separate_mapping(conversions: list, names: dict) -> list:
     return kept
 
 
+@contextmanager
+def mapped_blocks():
+    """On Linux, blocks of 128 KB and more go back to the system as soon as they are freed.
+
+    glibc raises that size as it goes, and then what stays of each matrix (its scales) pins what it was made with to the heap:
+    quantising 0.4 GB on a CPU took 1.65 GB, and takes 0.13 so. Afterwards the size is the 32 MB at which glibc stops raising it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt(mmap_threshold, 128 * 1024)
+    try:
+        yield
+    finally:
+        mallopt(mmap_threshold, 32 * 1024**2)
+        mallopt(trim_threshold, 64 * 1024**2)
+
+
 def deserialises(conversion) -> bool:
     return any(getattr(operation, "hf_quantizer", None) for operation in getattr(conversion, "operations", []))
 
@@ -265,11 +295,11 @@ def settle(model: nn.Module, packed: list[str], missing: set[str]) -> None:
     for module in model.modules():
         if is_packed(module):
             module.requires_grad_(False)
-        if is_quantised(module):
+        if is_quantized(module):
             # On CPUs with AVX512-BF16 the first forward would rewrite the weight in place: it rounds the scales to bf16, which
             # a later save writes down, and refuses outputs that 32 does not divide.
             module.support_avx512bf16_for_cpu = False
-    share, line = quantised_share(model), share_line(model)
+    share, line = quantized_share(model), share_line(model)
     unquantised = [module for module in model.modules() if is_fused(module)]
     if unquantised and share < 0.5:
         logger.warning(line)
@@ -277,9 +307,9 @@ def settle(model: nn.Module, packed: list[str], missing: set[str]) -> None:
         print(line, file=sys.stderr)
 
 
-def quantised_share(model: nn.Module) -> float:
+def quantized_share(model: nn.Module) -> float:
     """The share of a model's parameters that are quantised."""
-    quantised = sum(m.in_features * m.out_features for m in model.modules() if is_quantised(m))
+    quantised = sum(m.in_features * m.out_features for m in model.modules() if is_quantized(m))
     plain = sum(p.numel() for p in model.parameters() if type(p).__name__ not in ("Params4bit", "Int8Params"))
     return quantised / max(1, quantised + plain)
 
@@ -287,7 +317,7 @@ def quantised_share(model: nn.Module) -> float:
 def share_line(model: nn.Module) -> str:
     """One sentence: how much of the model is quantised and, where experts are not, why."""
     held = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    line = f"{quantised_share(model):.1%} of the parameters are quantised; the weights take {held / 1e9:.3g} GB."
+    line = f"{quantized_share(model):.1%} of the parameters are quantised; the weights take {held / 1e9:.3g} GB."
     skip = getattr(model.config.quantization_config, "llm_int8_skip_modules", None) or []
     reasons = {left_fused(name, module, skip) for name, module in model.named_modules() if is_fused(module)}
     if reasons:
@@ -312,7 +342,11 @@ def fuse_experts(model: nn.Module) -> None:
 
 
 def load_quantized(
-    path: str | Path, quantization_config: BitsAndBytesConfig | None = None, *, model_class: type | None = None, **kwargs
+    path: str | Path,
+    quantization_config: BitsAndBytesConfig | None = None,
+    *,
+    model_class: type | None = None,
+    **kwargs,
 ) -> PreTrainedModel:
     """`from_pretrained` of any mixture that transformers knows, its fused experts quantised as well.
 
@@ -333,3 +367,128 @@ def load_quantized(
 
 
 # -- on paper, and how good ----------------------------------------------------------------------------------------
+# Bytes of a quantised matrix as bitsandbytes 0.50 stores it: a code book of 16 fp32 numbers, a scale for 64 weights; under
+# double quantisation the scales are bytes with a code book of 256, an offset, and a scale for 256 of them.
+FORMS = ("bf16", "int8", "nf4", "nf4 double")
+# Left free on a card for activations and a dequantised expert; transformers keeps as much back for bitsandbytes.
+RESERVE = 0.10
+
+
+def matrix_bytes(rows: int, columns: int, form: str) -> int:
+    """Bytes of one linear layer's weight [rows, columns] in one of FORMS."""
+    count = rows * columns
+    scales = -(-count // 64)
+    return {
+        "bf16": 2 * count,
+        "int8": count + 4 * rows,
+        "nf4": -(-count // 2) + 4 * scales + 4 * 16,
+        "nf4 double": -(-count // 2) + scales + 4 * -(-scales // 256) + 4 * 16 + 4 * 256 + 4,
+    }[form]
+
+
+def block_bytes(config: AxK1Config, form: str) -> list[int]:
+    """Bytes of what may stand on different cards, in order: embedding, each decoder layer, final norm and head.
+
+    Linear layers are in `form`, all else in bf16 as the quantizer leaves it: embedding, head, norms, routers and their biases.
+    """
+    hidden, heads, experts = config.hidden_size, config.num_attention_heads, config.n_routed_experts
+    latent_rope = config.kv_lora_rank + config.qk_rope_head_dim
+    attention = [
+        (config.q_lora_rank, hidden),
+        (heads * config.qk_head_dim, config.q_lora_rank),
+        (latent_rope, hidden),
+        (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
+        (hidden, heads * config.v_head_dim),
+    ]
+    biases = config.q_lora_rank + latent_rope + hidden if config.attention_bias else 0
+    plain = 2 * (biases + (2 + config.post_mlp_norm) * hidden + config.q_lora_rank + config.kv_lora_rank)
+    attention_bytes = plain + sum(matrix_bytes(*shape, form) for shape in attention)
+
+    def mlp(width: int) -> int:
+        return 2 * matrix_bytes(width, hidden, form) + matrix_bytes(hidden, width, form)
+
+    shared = mlp(config.moe_intermediate_size * config.n_shared_experts)
+    router = 2 * experts * hidden + 4 * experts * config.has_router_bias
+    sparse = experts * mlp(config.moe_intermediate_size) + shared + router
+    layers = [
+        attention_bytes + (sparse if kind == "sparse" else mlp(config.intermediate_size))
+        for kind in config.mlp_layer_types
+    ]
+    table = 2 * config.vocab_size * hidden
+    return [table, *layers, 2 * hidden + (0 if config.tie_word_embeddings else table)]
+
+
+def quantized_bytes(config: AxK1Config, form: str = "nf4 double") -> int:
+    """Bytes of a model's weights with its linear layers in one of FORMS, the routed experts included."""
+    return sum(block_bytes(config, form))
+
+
+def cards_needed(config: AxK1Config, form: str, card_bytes: int) -> tuple[int, int] | None:
+    """(cards, tokens): how many cards hold the weights in order, no layer split over two, RESERVE left free; and how many
+    cached tokens, of all requests together, the fullest card's layers then have room for. None if a layer fits no card.
+    """
+    usable = int((1 - RESERVE) * card_bytes)
+    cards = [[]]
+    for size in block_bytes(config, form):
+        if size > usable:
+            return None
+        if sum(cards[-1]) + size > usable:
+            cards.append([])
+        cards[-1].append(size)
+    # Latent and rotated key in bf16. Embedding and head, counted as layers here, cache nothing: a little too careful.
+    per_layer = 2 * (config.kv_lora_rank + config.qk_rope_head_dim)
+    return len(cards), min((usable - sum(card)) // (len(card) * per_layer) for card in cards)
+
+
+def cards_table(config: AxK1Config, cards_gb: tuple[int, ...] = (24, 80, 141)) -> list[dict[str, str]]:
+    """What fits, a row for each of FORMS: gigabytes (1e9 bytes) of weights, cards of each size and the tokens that they cache."""
+    rows = []
+    for form in FORMS:
+        row = {"linear layers": form, "weights": f"{quantized_bytes(config, form) / 1e9:.1f} GB"}
+        for card_gb in cards_gb:
+            fit = cards_needed(config, form, card_gb * 10**9)
+            row[f"cards of {card_gb} GB"] = "no layer fits" if fit is None else f"{fit[0]} ({fit[1]:,} tokens)"
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def quantization_errors(model: nn.Module, checkpoint_dir: str | Path) -> list[dict[str, float | int]]:
+    """Each layer's relative weight error, |W_quantised - W| / |W|, by part; a row for each decoder layer.
+
+    checkpoint_dir: the folder with the weights that were quantised, read a matrix at a time. Nothing is calibrated and
+    no data seen. ValueError where the folder lacks a weight.
+    """
+    where = files_of(Path(checkpoint_dir))
+    errors, norms = defaultdict(float), defaultdict(float)
+    for name, module in model.named_modules():
+        if not is_quantized(module):
+            continue
+        layer = re.search(r"layers\.(\d+)\.", name)
+        part = "attention" if "attn." in name else "routed experts" if re.search(r"experts\.\d+\.", name) else "mlp"
+        key = (int(layer.group(1)) if layer else -1, part)
+        if f"{name}.weight" not in where:
+            raise ValueError(
+                f"{checkpoint_dir} lacks {name}.weight; give the folder that the model was quantised from."
+            )
+        with safe_open(where[f"{name}.weight"], framework="pt") as shard:
+            weight = shard.get_tensor(f"{name}.weight").float()
+        errors[key] += (dequantized(module).cpu().float() - weight).square().sum().item()
+        norms[key] += weight.square().sum().item()
+    layers = sorted({layer for layer, _ in errors})
+    ratio = {key: (errors[key] / max(norms[key], 1e-30)) ** 0.5 for key in errors}
+    return [{"layer": layer} | {part: e for (place, part), e in ratio.items() if place == layer} for layer in layers]
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """The file of each tensor of a safetensors checkpoint, sharded or not."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    whole = folder / "model.safetensors"
+    if not whole.exists():
+        raise ValueError(
+            f"{folder} holds neither model.safetensors nor its index; give a folder of unquantised weights."
+        )
+    with safe_open(whole, framework="pt") as file:
+        return {name: whole for name in file.keys()}  # noqa: SIM118  (it is no mapping)
