@@ -300,8 +300,8 @@ def settle(model: nn.Module, packed: list[str], missing: set[str]) -> None:
             # a later save writes down, and refuses outputs that 32 does not divide.
             module.support_avx512bf16_for_cpu = False
     share, line = quantized_share(model), share_line(model)
-    unquantised = [module for module in model.modules() if is_fused(module)]
-    if unquantised and share < 0.5:
+    mixture = packed or any(is_fused(module) for module in model.modules())
+    if mixture and share < 0.5:
         logger.warning(line)
     else:
         print(line, file=sys.stderr)
@@ -322,6 +322,10 @@ def share_line(model: nn.Module) -> str:
     reasons = {left_fused(name, module, skip) for name, module in model.named_modules() if is_fused(module)}
     if reasons:
         line += f" The routed experts are not among them, because {' and '.join(sorted(reasons))}."
+    elif quantized_share(model) < 0.5:
+        line += (
+            " The rest are embeddings, head, norms and routers, which bitsandbytes leaves, and llm_int8_skip_modules."
+        )
     return line
 
 
@@ -355,7 +359,10 @@ def load_quantized(
     `AutoModelForCausalLM.from_pretrained(path, quantization_config=...)` does the same.
     """
     if model_class is None:
-        names = AutoConfig.from_pretrained(path).architectures
+        where = {
+            name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs
+        }
+        names = AutoConfig.from_pretrained(path, **where).architectures
         if not names or not hasattr(transformers, names[0]):
             raise ValueError(f"{path} names the architectures {names}, none of transformers'; pass model_class.")
         model_class = getattr(transformers, names[0])

@@ -240,6 +240,13 @@ def test_a_mixture_with_plain_experts_is_warned_of_with_the_reason(folder, caplo
     assert torch.equal(experts_of(model).gate_up_proj, fused.gate_up_proj)
 
 
+def test_a_mixture_that_is_mostly_vocabulary_is_warned_of_too(tmp_path, caplog):
+    AxK1ForCausalLM(AxK1Config.preset("nano", vocab_size=8192, num_hidden_layers=2)).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert is_packed(experts_of(model)) and quantized_share(model) < 0.5
+    assert "The rest are embeddings, head, norms and routers" in caplog.text
+
+
 def test_a_projection_left_plain_is_frozen_with_the_rest(folder):
     experts = experts_of(load(folder, NF4 | {"llm_int8_skip_modules": ["down_proj", "lm_head"]}))
     plain = tensors(folder)["model.layers.1.mlp.experts.3.down_proj.weight"]
