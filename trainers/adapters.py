@@ -38,7 +38,7 @@ PARTS = (*LINEAR_PARTS, "routed")
 
 def lora_config(
     model: nn.Module,
-    targets: Sequence[str] = ("attention", "shared", "routed"),
+    targets: Sequence[str] | str = ("attention", "shared", "routed"),
     *,
     r: int = 16,
     alpha: float = 32,
@@ -47,15 +47,16 @@ def lora_config(
 ) -> LoraConfig:
     """A PEFT config for `get_peft_model(model, ...)` or a trainer's `peft_config`: LoRA on whole parts of a mixture.
 
-    targets   attention, shared (experts that see every token), routed, dense (layers without experts). ValueError for a part
-              that the model lacks.
+    targets   attention, shared (experts that see every token), routed, dense (layers without experts); or "all-linear", PEFT's
+              own, which misses routed experts and warns of it. ValueError for a part that the model lacks.
     r, alpha  rank and scale: every adapted matrix adds alpha / r * B A, and with `rslora` alpha / sqrt(r) * B A. Of an expert,
               gate and up are one matrix.
-    more      further fields of LoraConfig, such as `layers_to_transform`. ValueError for `lora_dropout` on routed experts.
+    more      further fields of LoraConfig, such as `exclude_modules=["kv_b_proj"]`, which keeps A.X K1's absorbed decode.
+              ValueError for `lora_dropout` on routed experts.
     """
-    config = LoraConfig(
-        r=r, lora_alpha=alpha, use_rslora=rslora, task_type="CAUSAL_LM", **target_names(model, targets), **more
-    )
+    everywhere = targets == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    names = {"target_modules": targets} if everywhere else target_names(model, targets)
+    config = LoraConfig(r=r, lora_alpha=alpha, use_rslora=rslora, task_type="CAUSAL_LM", **names, **more)
     return group_experts(config, model)
 
 
@@ -144,13 +145,20 @@ def targeted_matrices(config: LoraConfig, model: nn.Module, experts: dict[str, n
 
 def warn_of_missed_experts(config: LoraConfig, experts: dict[str, nn.Module]) -> None:
     if experts and config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        missed = sum(3 * each.num_experts * each.hidden_dim * each.intermediate_dim for each in experts.values())
+        missed = sum(parameters_of(each) for each in experts.values())
         names = " ".join(sorted({f"{ending(name)}.{matrix}" for name in experts for matrix in MATRICES}))
         logger.warning(
             "LoRA on all-linear layers misses the routed experts of %d layers, %.4g million parameters, which are no linear "
             "layers; name their part (targets, lora_targets: routed) or %s in target_parameters.",
             len(experts), missed / 1e6, names,
         )  # fmt: skip
+
+
+def parameters_of(experts: nn.Module) -> int:
+    """Counted as numbers, however many of them a packed byte holds."""
+    if is_packed(experts):
+        return 3 * experts.num_experts * experts.hidden_dim * experts.intermediate_dim
+    return sum(parameter.numel() for parameter in experts.parameters())
 
 
 # -- attached to experts ------------------------------------------------------------------------------------------

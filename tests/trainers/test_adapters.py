@@ -359,7 +359,7 @@ def test_a_part_is_all_of_itself_and_nothing_else(part):
 def test_all_linear_says_what_it_misses(caplog):
     model = small()
     with caplog.at_level(logging.WARNING):
-        group_experts(LoraConfig(target_modules="all-linear"), model)
+        assert lora_config(model, "all-linear").target_modules == "all-linear"
     sparse = [layer.mlp.experts for layer in model.model.layers if hasattr(layer.mlp, "experts")]
     missed = sum(parameter.numel() for experts in sparse for parameter in experts.parameters())
     assert f"{len(sparse)} layers, {missed / 1e6:.4g} million parameters" in caplog.text
