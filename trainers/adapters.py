@@ -8,7 +8,7 @@ saves, and each loads the other's.
 import copy
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from os import PathLike
 
@@ -38,7 +38,7 @@ PARTS = (*LINEAR_PARTS, "routed")
 
 def lora_config(
     model: nn.Module,
-    targets: Sequence[str] = ("attention", "shared", "routed"),
+    targets: Sequence[str] | str = ("attention", "shared", "routed"),
     *,
     r: int = 16,
     alpha: float = 32,
@@ -47,15 +47,16 @@ def lora_config(
 ) -> LoraConfig:
     """A PEFT config for `get_peft_model(model, ...)` or a trainer's `peft_config`: LoRA on whole parts of a mixture.
 
-    targets   attention, shared (experts that see every token), routed, dense (layers without experts). ValueError for a part
-              that the model lacks.
+    targets   attention, shared (experts that see every token), routed, dense (layers without experts); or "all-linear", PEFT's
+              own, which misses routed experts and warns of it. ValueError for a part that the model lacks.
     r, alpha  rank and scale: every adapted matrix adds alpha / r * B A, and with `rslora` alpha / sqrt(r) * B A. Of an expert,
               gate and up are one matrix.
-    more      further fields of LoraConfig, such as `layers_to_transform`. ValueError for `lora_dropout` on routed experts.
+    more      further fields of LoraConfig, such as `exclude_modules=["kv_b_proj"]`, which keeps A.X K1's absorbed decode.
+              ValueError for `lora_dropout` on routed experts.
     """
-    config = LoraConfig(
-        r=r, lora_alpha=alpha, use_rslora=rslora, task_type="CAUSAL_LM", **target_names(model, targets), **more
-    )
+    everywhere = targets == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    names = {"target_modules": targets} if everywhere else target_names(model, targets)
+    config = LoraConfig(r=r, lora_alpha=alpha, use_rslora=rslora, task_type="CAUSAL_LM", **names, **more)
     return group_experts(config, model)
 
 
@@ -65,7 +66,7 @@ def target_names(model: nn.Module, targets: Sequence[str]) -> dict[str, list[str
         raise ValueError(f"targets has {', '.join(sorted(unknown))}, which is no part; choose of {', '.join(PARTS)}.")
     parts: dict[str, set[str]] = {part: set() for part in PARTS}
     routed = routed_experts(model)
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         if isinstance(module, nn.Linear) and not name.startswith(tuple(f"{each}." for each in routed)):
             for part in [part for part, pattern in LINEAR_PARTS.items() if pattern.search(f".{name}")][:1]:
                 parts[part].add(ending(name))
@@ -94,15 +95,18 @@ def check_that_peft_keeps(modules: list[str], model: nn.Module) -> None:
 
 
 def routed_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """The routed experts of each layer by name, fused in [E, 2I, H] and [E, H, I] or packed one by one; of any model.
-
-    The names are the model's own, whether or not adapters already wrap the experts.
-    """
+    """The routed experts of each layer by name, fused in [E, 2I, H] and [E, H, I] or packed one by one; of any model."""
     return {
-        name.replace(".base_layer", ""): module
-        for name, module in model.named_modules()
+        name: module
+        for name, module in own_modules(model)
         if is_packed(module) or (is_fused(module) and "gate_up_proj" in module._parameters)
     }
+
+
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by the names that they have in the bare model, where adapters already wrap some of them as well."""
+    for name, module in model.named_modules():
+        yield name.replace(".base_layer", ""), module
 
 
 def group_experts(config: PeftConfig | None, model: nn.Module) -> PeftConfig | None:
@@ -141,13 +145,20 @@ def targeted_matrices(config: LoraConfig, model: nn.Module, experts: dict[str, n
 
 def warn_of_missed_experts(config: LoraConfig, experts: dict[str, nn.Module]) -> None:
     if experts and config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        missed = sum(3 * each.num_experts * each.hidden_dim * each.intermediate_dim for each in experts.values())
+        missed = sum(parameters_of(each) for each in experts.values())
         names = " ".join(sorted({f"{ending(name)}.{matrix}" for name in experts for matrix in MATRICES}))
         logger.warning(
             "LoRA on all-linear layers misses the routed experts of %d layers, %.4g million parameters, which are no linear "
             "layers; name their part (targets, lora_targets: routed) or %s in target_parameters.",
             len(experts), missed / 1e6, names,
         )  # fmt: skip
+
+
+def parameters_of(experts: nn.Module) -> int:
+    """Counted as numbers, however many of them a packed byte holds."""
+    if is_packed(experts):
+        return 3 * experts.num_experts * experts.hidden_dim * experts.intermediate_dim
+    return sum(parameter.numel() for parameter in experts.parameters())
 
 
 # -- attached to experts ------------------------------------------------------------------------------------------

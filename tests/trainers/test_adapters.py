@@ -174,6 +174,22 @@ def test_half_precision_is_no_less_accurate_than_the_materialised_matrices():
     assert all(factor.grad.dtype == torch.float32 and factor.grad.abs().max() > 0 for factor in experts.factors)
 
 
+def test_autocast_leaves_experts_their_own_dtype():
+    """As stock PEFT does: whoever wants bf16 experts loads them so."""
+    experts = Experts(4, 8, 6, (2, 2), torch.float32)
+    x, weight, expert = torch.randn(9, 8).requires_grad_(), torch.rand(9, 2), torch.rand(9, 4).topk(2).indices
+    leaves = [x, *experts.factors]
+
+    def outcome() -> list[Tensor]:
+        out = lora_experts_forward(experts, x, expert, weight, *experts.loras())
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+    truth = outcome()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outcome()
+    assert all(torch.equal(a, b) for a, b in zip(found, truth))
+
+
 # -- beside stock PEFT ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("settings", [{}, {"rslora": True, "alpha": 8}], ids=["lora", "rslora"])
 def test_stock_peft_on_the_stock_model_reads_ours_and_ours_reads_its(tmp_path, settings):
@@ -343,7 +359,7 @@ def test_a_part_is_all_of_itself_and_nothing_else(part):
 def test_all_linear_says_what_it_misses(caplog):
     model = small()
     with caplog.at_level(logging.WARNING):
-        group_experts(LoraConfig(target_modules="all-linear"), model)
+        assert lora_config(model, "all-linear").target_modules == "all-linear"
     sparse = [layer.mlp.experts for layer in model.model.layers if hasattr(layer.mlp, "experts")]
     missed = sum(parameter.numel() for experts in sparse for parameter in experts.parameters())
     assert f"{len(sparse)} layers, {missed / 1e6:.4g} million parameters" in caplog.text

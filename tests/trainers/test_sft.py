@@ -8,7 +8,9 @@ import torch
 from datasets import load_dataset
 from safetensors.torch import load_file
 
+from conversion import merge_adapter
 from modeling_axk1 import AxK1ForCausalLM
+from modeling_axk1.quantization_axk1 import is_packed
 from recipes import think_fusion_sft
 from tests.random_models import tiny_chat_config
 from trainers import sft
@@ -94,6 +96,18 @@ def test_lora_saves_an_adapter_leaves_the_model_and_resumes(files, tmp_path):
     sft.run_sft(given)
     again = load_file(tmp_path / "lora/adapter_model.safetensors")
     assert again.keys() == adapter.keys() and all(torch.equal(again[name], adapter[name]) for name in adapter)
+
+
+def test_qlora_trains_routed_experts_and_merges_into_the_unquantised_model(files, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    more = ["--use_peft", "true", "--lora_targets", "routed", "--lora_dropout", "0", "--load_in_4bit", "true"]
+    trainer = sft.run_sft(settings(files, tmp_path / "qlora", *more, "--probe_prompts", "0"))
+    wrapper = trainer.model.get_submodule("base_model.model.model.layers.1.mlp.experts")
+    assert type(wrapper) is ParamWrapper and is_packed(wrapper.get_base_layer())
+    merge_adapter(files / "model", tmp_path / "qlora", tmp_path / "merged", progress=False)
+    before, after = weights(files / "model"), weights(tmp_path / "merged")
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved == {name for name in before if ".mlp.experts." in name}
 
 
 @pytest.mark.parametrize("name", ["sft_1gpu", "sft_8gpu"])
