@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from conversion.checkpoint import TensorSpec, listed, open_checkpoint, read_metadata
+from conversion.checkpoint import INDEX_NAME, StoredTensor, TensorSpec, listed, open_checkpoint, read_metadata
 from conversion.convert import local_tokenizer
 from conversion.weight_map import POST_NORM, hf_shapes, rows_of
 from modeling_axk1.configuration_axk1 import AxK1Config, layer_types_of
@@ -95,7 +95,7 @@ def diagnose(folder: str | Path) -> Diagnosis:
     if "quantization_config" in said:
         fact = "the weights are quantised, so names, shapes and dtypes were not held against the config"
         findings.append(Finding("note", (), fact, "examine the unquantised checkpoint"))
-    findings += check_files(folder)
+    findings += check_files(folder, tensors)
     ordered = sorted(findings, key=lambda each: SEVERITIES.index(each.severity))
     return Diagnosis(str(folder), len(tensors), sum(tensor.nbytes for tensor in tensors.values()), tuple(ordered))
 
@@ -121,7 +121,7 @@ def _config_of(said: dict, findings: list[Finding]) -> AxK1Config | None:
         return None
 
 
-def _tensors_of(folder: Path, findings: list[Finding]) -> Mapping[str, TensorSpec]:
+def _tensors_of(folder: Path, findings: list[Finding]) -> Mapping[str, StoredTensor]:
     try:
         return open_checkpoint(folder)
     except ValueError as error:
@@ -372,7 +372,11 @@ def check_dtypes(said: dict, tensors: Mapping[str, TensorSpec]) -> Iterator[Find
 
 
 # -- what lies beside the weights ---------------------------------------------------------------------------------
-def check_files(folder: Path) -> Iterator[Finding]:
+def check_files(folder: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[Finding]:
+    stray = sorted({path.name for path in folder.glob("*.safetensors")} - {t.path.name for t in tensors.values()})
+    if stray and tensors and not (folder / INDEX_NAME).exists():
+        fact = f"{listed(stray, 4)} is no part of the model, but without an index vLLM reads every safetensors file"
+        yield Finding("error", VLLM, fact, "move it to a folder of its own")
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         fact = f"{listed(pickles, 4)} may run code when loaded; not read here, and never pushed"

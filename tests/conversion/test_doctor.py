@@ -163,6 +163,10 @@ FAULTS = {
         lambda f: save_file(load_file(f / "model.safetensors"), f / "model.safetensors"),
         "warning", OURS, "format 'pt'", CLEAN,
     ),
+    "stray file": (
+        lambda f: shutil.copyfile(f / "model.safetensors", f / "consolidated.safetensors"),
+        "error", VLLM, "consolidated.safetensors is no part", CLEAN,
+    ),
     "pickle": (lambda f: (f / "training_args.bin").write_bytes(b""), "note", (), "training_args.bin", CLEAN),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "warning", ALL, "no tokenizer can be read", None),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "warning", ALL, "no chat template", None),
