@@ -18,8 +18,9 @@ def eight_bits():
     return TorchAoConfig(ao.Int8WeightOnlyConfig())
 
 
-# Relative error of the logits: measured 0.12 with 4 bits, 0.008 with 8.
-@pytest.mark.parametrize("make, error", [(four_bits, 0.5), (eight_bits, 0.05)], ids=["bitsandbytes", "torchao"])
+# Relative error of the logits, on random weights: measured 0.40 with 4 bits (routed experts not among them), 0.028 with 8. What
+# reads packed bytes for weights is off by more than 1.
+@pytest.mark.parametrize("make, error", [(four_bits, 0.8), (eight_bits, 0.06)], ids=["bitsandbytes", "torchao"])
 def test_quantised_on_the_way_in(make, error, checkpoint):
     settings = make()
     model = AutoModelForCausalLM.from_pretrained(
@@ -31,7 +32,7 @@ def test_quantised_on_the_way_in(make, error, checkpoint):
     with torch.no_grad():
         exact, logits = plain(ids).logits, model(ids).logits
         assert 0 < (logits - exact).norm() / exact.norm() < error
-        # A decoded step reads what the full pass reads: no packed bytes for weights.
+        # A decoded step reads what the full pass reads; measured 4e-6.
         first = model(ids[:, :-1], use_cache=True)
         step = model(ids[:, -1:], past_key_values=first.past_key_values).logits[:, -1]
         torch.testing.assert_close(step, logits[:, -1], atol=1e-4, rtol=1e-4)

@@ -32,7 +32,7 @@ def losses_of(kind, checkpoint, out) -> list[float]:
 def test_trl_learns_the_same_with_either_class(checkpoint, tmp_path):
     ours, stock = (losses_of(kind, checkpoint, tmp_path) for kind in (AxK1ForCausalLM, AXK1ForCausalLM))
     assert len(ours) == 3 and ours[-1] < ours[0]
-    # Measured 1e-6: three steps of AdamW on gradients that differ in the last bits.
+    # Measured 8e-6: three steps of AdamW on gradients that differ in the last bits.
     assert ours == pytest.approx(stock, abs=1e-4)
 
 
