@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test interop check bench clean
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m recipes.nano_think_fusion --out runs/nano
@@ -13,6 +13,10 @@ demo: $(INSTALLED)
 # One thread: two OpenMP threads on a busy 2-core machine can be 100 times slower than one.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# Other libraries beside this one: transformers both ways, TRL, PEFT, accelerate, bitsandbytes, lm-eval, vLLM's rules.
+interop: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interop -v tests/interop
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from conversion.checkpoint import TensorSpec, listed, open_checkpoint, read_metadata
+from conversion.checkpoint import INDEX_NAME, StoredTensor, TensorSpec, listed, open_checkpoint, read_metadata
 from conversion.convert import local_tokenizer
 from conversion.weight_map import POST_NORM, hf_shapes, rows_of
 from modeling_axk1.configuration_axk1 import AxK1Config, layer_types_of
@@ -41,6 +41,8 @@ VLLM_ONLY = (
 )
 ROUTER_BIAS = ".mlp.gate.e_score_correction_bias"
 FUSED_EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")
+SEPARATE_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight")
+IN_MEMORY_NORM = f".mlp.{POST_NORM}"
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 SEVERITIES = ("error", "warning", "note")
@@ -93,7 +95,7 @@ def diagnose(folder: str | Path) -> Diagnosis:
     if "quantization_config" in said:
         fact = "the weights are quantised, so names, shapes and dtypes were not held against the config"
         findings.append(Finding("note", (), fact, "examine the unquantised checkpoint"))
-    findings += check_files(folder)
+    findings += check_files(folder, tensors)
     ordered = sorted(findings, key=lambda each: SEVERITIES.index(each.severity))
     return Diagnosis(str(folder), len(tensors), sum(tensor.nbytes for tensor in tensors.values()), tuple(ordered))
 
@@ -119,7 +121,7 @@ def _config_of(said: dict, findings: list[Finding]) -> AxK1Config | None:
         return None
 
 
-def _tensors_of(folder: Path, findings: list[Finding]) -> Mapping[str, TensorSpec]:
+def _tensors_of(folder: Path, findings: list[Finding]) -> Mapping[str, StoredTensor]:
     try:
         return open_checkpoint(folder)
     except ValueError as error:
@@ -239,15 +241,14 @@ def check_tensors(config: AxK1Config, tensors: Mapping[str, TensorSpec]) -> Iter
     if config.tie_word_embeddings:
         yield from check_tied("lm_head.weight" in tensors)
         wanted |= {name: wanted["model.embed_tokens.weight"] for name in tensors if name == "lm_head.weight"}
-    fused = {name: FUSED_EXPERTS.fullmatch(name) for name in tensors if FUSED_EXPERTS.fullmatch(name)}
-    if fused:
-        fact = f"the experts are stored fused ({listed(sorted(fused), 2)}), and vLLM reads separate ones"
+    in_memory = [name for name in tensors if FUSED_EXPERTS.fullmatch(name) or name.endswith(IN_MEMORY_NORM)]
+    if in_memory:
+        fact = (
+            f"{len(in_memory)} tensors have the names of transformers' memory ({listed(in_memory, 2)}): it reads them, vLLM "
+            "wants separate experts, and the norm one level up"
+        )
         yield Finding("error", VLLM, fact, "load it with this library and save it again")
-        shapes = {
-            "gate_up": (config.n_routed_experts, 2 * config.moe_intermediate_size, config.hidden_size),
-            "down": (config.n_routed_experts, config.hidden_size, config.moe_intermediate_size),
-        }
-        wanted = _with_fused(wanted, {name: (match[1], match[2]) for name, match in fused.items()}, shapes)
+        wanted = with_memory_names(config, wanted, tensors)
     missing = [name for name in wanted if name not in tensors]
     extra = [name for name in tensors if name not in wanted and not name.endswith("rotary_emb.inv_freq")]
     wrong = [
@@ -262,19 +263,26 @@ def check_tensors(config: AxK1Config, tensors: Mapping[str, TensorSpec]) -> Iter
         yield Finding("error", ALL, f"{len(wrong)} tensors have other shapes than the config: {listed(wrong, 4)}", remedy)
 
 
-def _with_fused(
-    wanted: dict[str, tuple[int, ...]], fused: dict[str, tuple[str, str]], shapes: dict[str, tuple[int, ...]]
+def with_memory_names(
+    config: AxK1Config, wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorSpec]
 ) -> dict[str, tuple[int, ...]]:
-    """The fused tensors in place of the separate ones that they hold."""
-    halves = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
-    stands_for = {(layer, half) for layer, kind in fused.values() for half in halves[kind]}
-    separate = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.\d+\.(\w+)\.weight")
-    rest = {}
+    """Where `tensors` has a name of transformers' memory, that one instead of those on the disk that it stands for."""
+    width, hidden = config.moe_intermediate_size, config.hidden_size
+    shapes = {
+        "gate_up": (config.n_routed_experts, 2 * width, hidden),
+        "down": (config.n_routed_experts, hidden, width),
+    }
+    fused = {match.groups(): match[0] for match in map(FUSED_EXPERTS.fullmatch, tensors) if match}
+    found = {}
     for name, shape in wanted.items():
-        match = separate.fullmatch(name)
-        if not (match and match.groups() in stands_for):
-            rest[name] = shape
-    return rest | {name: shapes[kind] for name, (_, kind) in fused.items()}
+        norm = name.removesuffix(POST_NORM) + IN_MEMORY_NORM.removeprefix(".")
+        if match := SEPARATE_EXPERT.fullmatch(name):
+            kind = "down" if match[2] == "down" else "gate_up"
+            memory, shape_there = fused.get((match[1], kind)), shapes[kind]
+        else:
+            memory, shape_there = (norm if name.endswith(POST_NORM) and norm in tensors else None), shape
+        found[memory or name] = shape_there if memory else shape
+    return found
 
 
 def check_tied(stored: bool) -> Iterator[Finding]:
@@ -298,6 +306,10 @@ def check_prediction(promised: int, found: int) -> Iterator[Finding]:
 
 def check_missing(config: AxK1Config, missing: list[str]) -> Iterator[Finding]:
     dense = {f"model.layers.{i}.{POST_NORM}" for i, kind in enumerate(config.mlp_layer_types) if kind == "dense"}
+    # Transformers reads no prediction layer.
+    later = [(layer := LAYER.match(name)) and int(layer[1]) >= config.num_hidden_layers for name in missing]
+    drafts = [name for name, is_later in zip(missing, later) if is_later]
+    missing = [name for name, is_later in zip(missing, later) if not is_later]
     unused = [name for name in missing if name in dense]
     biases = [name for name in missing if name.endswith(ROUTER_BIAS)]
     others = [name for name in missing if name not in dense and not name.endswith(ROUTER_BIAS)]
@@ -310,6 +322,9 @@ def check_missing(config: AxK1Config, missing: list[str]) -> Iterator[Finding]:
             "and never fills them, transformers takes zeros"
         )
         yield Finding("error", VLLM, fact, "load it with this library and save it again: zeros are written")
+    if drafts:
+        fact = f"{len(drafts)} tensors of the prediction layers are missing: {listed(drafts, 4)}; the draft is not whole"
+        yield Finding("error", VLLM, fact, "fetch or convert them whole, or remove them and write num_nextn_predict_layers 0")
     if others:
         fact = (
             f"{len(others)} tensors that the config asks for are missing: {listed(others, 4)}; transformers itself draws "
@@ -357,7 +372,11 @@ def check_dtypes(said: dict, tensors: Mapping[str, TensorSpec]) -> Iterator[Find
 
 
 # -- what lies beside the weights ---------------------------------------------------------------------------------
-def check_files(folder: Path) -> Iterator[Finding]:
+def check_files(folder: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[Finding]:
+    stray = sorted({path.name for path in folder.glob("*.safetensors")} - {t.path.name for t in tensors.values()})
+    if stray and tensors and not (folder / INDEX_NAME).exists():
+        fact = f"{listed(stray, 4)} is no part of the model, but without an index vLLM reads every safetensors file"
+        yield Finding("error", VLLM, fact, "move it to a folder of its own")
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         fact = f"{listed(pickles, 4)} may run code when loaded; not read here, and never pushed"

@@ -778,6 +778,9 @@ class AxK1PreTrainedModel(QuantizesExperts, PreTrainedModel):
         elif isinstance(module, AxK1Experts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, AxK1UnusedNorm):
+            # Transformers knows a norm by its class's name, which this one's does not hold: memory as it was would be saved.
+            init.ones_(module.weight)
 
 
 def drop_absent_mtp_layers(model: AxK1PreTrainedModel, missing_keys: set[str]) -> set[str]:

@@ -19,6 +19,7 @@ from trainers.tokenizer import TRAINING_CHAT_TEMPLATE, train_tokenizer
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+MEMORY, NORM = "model.layers.1.mlp.", "post_mlp_layernorm.weight"
 UNUSED = "model.layers.0.post_mlp_layernorm.weight"
 
 
@@ -102,7 +103,10 @@ FAULTS = {
     "null groups": (edit_config(n_group=None), "error", ALL, "n_group null", REFUSED),
     "layers at odds": (edit_config(first_k_dense_replace=0), "error", ALL, "describe different layers", CLEAN),
     "bias method": (edit_config(topk_method="group_limited_greedy"), "error", ALL, "1 router biases are stored", CLEAN),
-    "group scores": (edit_config(topk_method="group_limited_greedy"), "warning", OURS, "two best", CLEAN),
+    "group scores": (
+        lambda f: (edit_config(topk_method="group_limited_greedy")(f), edit_tensors(lambda t: t.pop(BIAS))(f)),
+        "warning", OURS, "two best", UNLIKE,
+    ),
     "interleave": (edit_config(rope_interleave=False), "error", VLLM, "rope_interleave is False", UNLIKE),
     "activation": (edit_config(hidden_act="gelu"), "error", VLLM, "hidden_act is 'gelu'", UNLIKE),
     "rope kind": (
@@ -128,10 +132,22 @@ FAULTS = {
         edit_tensors(lambda t: t.update({"lm_head.weight": torch.cat([t["lm_head.weight"]] * 2)})),
         "error", ALL, "lm_head.weight [", REFUSED,
     ),
-    "fused": (edit_tensors(fuse), "error", VLLM, "stored fused", CLEAN),
+    "fused": (edit_tensors(fuse), "error", VLLM, "2 tensors have the names of transformers' memory", CLEAN),
+    "memory's names": (
+        edit_tensors(lambda t: (fuse(t), t.update({f"{MEMORY}{NORM}": t.pop(f"model.layers.1.{NORM}")}))),
+        "error", VLLM, "3 tensors have the names of transformers' memory", CLEAN,
+    ),
+    "fused shape": (
+        edit_tensors(lambda t: (fuse(t), t.update({f"{MEMORY}experts.down_proj": torch.ones(6, 2, 2)}))),
+        "error", ALL, "experts.down_proj [6, 2, 2]", REFUSED,
+    ),
     "prediction": (
-        edit_tensors(lambda t: t.update({"model.layers.2.enorm.weight": torch.ones(4)})),
+        edit_tensors(lambda t: t.update({"model.layers.2.enorm.weight": torch.ones_like(t["model.norm.weight"])})),
         "error", VLLM, "1 prediction layers are stored", CLEAN,
+    ),
+    "half a prediction": (
+        edit_tensors(lambda t: t.update({"model.layers.2.enorm.weight": torch.ones_like(t["model.norm.weight"])})),
+        "error", VLLM, "the draft is not whole", CLEAN,
     ),
     "promised": (edit_config(num_nextn_predict_layers=1), "warning", VLLM, "no draft", CLEAN),
     "tied, both stored": (edit_config(tie_word_embeddings=True), "warning", ALL, "only where they are equal", CLEAN),
@@ -149,6 +165,10 @@ FAULTS = {
     "no metadata": (
         lambda f: save_file(load_file(f / "model.safetensors"), f / "model.safetensors"),
         "warning", OURS, "format 'pt'", CLEAN,
+    ),
+    "stray file": (
+        lambda f: shutil.copyfile(f / "model.safetensors", f / "consolidated.safetensors"),
+        "error", VLLM, "consolidated.safetensors is no part", CLEAN,
     ),
     "pickle": (lambda f: (f / "training_args.bin").write_bytes(b""), "note", (), "training_args.bin", CLEAN),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "warning", ALL, "no tokenizer can be read", None),
@@ -184,6 +204,8 @@ def test_each_fault_is_found(fault, folder):
     diagnosis = diagnose(folder)
     found = [(each.severity, each.breaks) for each in diagnosis.findings if words in each.fact]
     assert found == [(severity, breaks)], text_of(diagnosis)
+    if FAULTS[fault][4] == CLEAN and not (severity == "error" and "transformers" in breaks):
+        assert diagnosis.errors("transformers") == []
     assert all(each.remedy for each in diagnosis.findings)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.models.axk1.modeling_axk1 import AXK1ForCausalLM
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -99,6 +99,22 @@ def test_unused_norm_never_trains(tmp_path):
     model = AxK1ForCausalLM.from_pretrained(tmp_path)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen == ["model.layers.0.mlp.post_mlp_layernorm.weight"]
+
+
+def test_what_stock_leaves_out_is_made_new(tmp_path):
+    """Its resave lacks the unused norm, a release without biases those: constants, not memory as it was."""
+    model = ours(random_config(1, first_k_dense_replace=1))
+    model.save_pretrained(tmp_path)
+    left_out = ("layers.0.post_mlp_layernorm.weight", "e_score_correction_bias")
+    tensors = {name: tensor for name, tensor in on_disk(tmp_path).items() if not name.endswith(left_out)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    poison = torch.full((2**20,), torch.nan)
+    del poison
+    state = AxK1ForCausalLM.from_pretrained(tmp_path).state_dict()
+    norm = state["model.layers.0.mlp.post_mlp_layernorm.weight"]
+    assert torch.equal(norm, torch.ones_like(norm))
+    biases = [tensor for name, tensor in state.items() if name.endswith("e_score_correction_bias")]
+    assert biases and not any(bias.any() for bias in biases)
 
 
 def test_disk_offload_gives_the_same_logits(tmp_path):
