@@ -1,4 +1,4 @@
-"""How does a model train as a pipeline? transformers puts each rank's layers on it, torch.distributed.pipelining runs the schedule.
+"""How does a model train as a pipeline? transformers loads each rank's layers, torch.distributed.pipelining runs the schedule.
 
     model = AxK1ForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(pp_size=ranks))
     schedule = pipeline_schedule(model, micro_batches=8)
