@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 
 # One thread: two OpenMP threads on a busy 2-core machine can be 100 times slower than one.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

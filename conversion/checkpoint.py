@@ -9,12 +9,14 @@ import fcntl
 import hashlib
 import json
 import math
+import mmap
 import os
 import shutil
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +102,23 @@ def read_header(path: Path) -> list[StoredTensor]:
 
     ValueError names the file and what is wrong: truncated, not safetensors, holes or overlaps, unknown dtypes.
     """
+    header, data_start = _read_json_header(path)
+    header.pop("__metadata__", None)
+    try:
+        tensors = [_parse_entry(path, name, entry, data_start) for name, entry in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _corrupt(path, error) from error
+    return _check_layout(path, tensors, data_start, path.stat().st_size)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, as `{"format": "pt"}`."""
+    metadata = _read_json_header(path)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _read_json_header(path: Path) -> tuple[dict, int]:
+    """The header, and where the data begin."""
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -110,11 +129,15 @@ def read_header(path: Path) -> list[StoredTensor]:
             )
         try:
             header = json.loads(file.read(header_bytes))
-            header.pop("__metadata__", None)
-            tensors = [_parse_entry(path, name, entry, 8 + header_bytes) for name, entry in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} has a corrupt safetensors header ({error}); fetch or save it again.") from error
-    return _check_layout(path, tensors, 8 + header_bytes, file_bytes)
+        except (ValueError, RecursionError) as error:
+            raise _corrupt(path, error) from error
+    if not isinstance(header, dict):
+        raise _corrupt(path, f"it is a {type(header).__name__}")
+    return header, 8 + header_bytes
+
+
+def _corrupt(path: Path, why: object) -> ValueError:
+    return ValueError(f"{path} has a corrupt safetensors header ({why}); fetch or save it again.")
 
 
 def _parse_entry(path: Path, name: str, entry: dict, data_start: int) -> StoredTensor:
@@ -222,40 +245,88 @@ def plan_shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> list[Shard]:
     return [Shard(f"model-{i:05d}-of-{len(ordered):05d}.safetensors", group) for i, group in enumerate(ordered, 1)]
 
 
-class HashedFile:
-    """A file in the making: hashes what it is given. OSError says which file, and that nothing is lost.
+# Handed to the hash and the disk at a time, and how many of them a file has: one is filled, one hashed, one written.
+FILE_BLOCK_BYTES, FILE_BLOCKS = 2**22, 3
+FILE_MEMORY_BYTES = FILE_BLOCKS * FILE_BLOCK_BYTES
 
-    It may still be in the system's cache, as after `cp`: `Job.publish` waits for the disk once, for all files, and a job that is
-    taken up again trusts a file by its hash.
+
+class HashedFile:
+    """A file in the making: what it is given is hashed by one thread and written by another, while the caller reads on.
+
+    It goes past the system's cache where the file system can (O_DIRECT): the disk then works all along instead of at the end,
+    no core copies the bytes once more, and a checkpoint larger than memory does not drive everything else out of it.
+    OSError says which file, and that nothing is lost. `digest` is whole once the file is closed.
     """
 
-    def __init__(self, path: Path, mode: str = "wb"):
-        self.path, self.mode, self.digest = path, mode, hashlib.sha256()
+    def __init__(self, path: Path):
+        self.path, self.digest, self._written, self._filled = path, hashlib.sha256(), 0, 0
 
     def __enter__(self) -> "HashedFile":
-        self.file = self.path.open(self.mode)
+        self._descriptor = open_uncached(self.path)
+        # Anonymous maps begin at a page, as O_DIRECT wants it.
+        self._blocks = deque(mmap.mmap(-1, FILE_BLOCK_BYTES) for _ in range(FILE_BLOCKS))
+        self._underway: deque[tuple[Future, Future]] = deque()
+        self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         return self
 
     def write(self, piece: bytes | memoryview) -> None:
-        self.digest.update(piece)
-        self.file.write(piece)
-
-    def keep(self, count: int = -1) -> None:
-        """Hash what is there already, up to the next `count` bytes or to the end."""
-        self.digest.update(self.file.read(count))
+        piece = memoryview(piece)
+        while len(piece):
+            count = min(len(piece), FILE_BLOCK_BYTES - self._filled)
+            self._blocks[0][self._filled : self._filled + count] = piece[:count]
+            piece, self._filled = piece[count:], self._filled + count
+            if self._filled == FILE_BLOCK_BYTES:
+                self._hand_over()
 
     def tell(self) -> int:
-        return self.file.tell()
+        return self._written + self._filled
+
+    def _hand_over(self) -> None:
+        block = memoryview(self._blocks[0])[: self._filled]
+        self._underway.append((self._hasher.submit(self.digest.update, block), self._writer.submit(self._put, block)))
+        self._blocks.rotate(-1)
+        self._written, self._filled = self._written + self._filled, 0
+        if len(self._underway) == FILE_BLOCKS:
+            self._await_oldest()
+
+    def _await_oldest(self) -> None:
+        for future in self._underway.popleft():
+            future.result()
+
+    def _put(self, block: memoryview) -> None:
+        while len(block):
+            if len(block) % mmap.PAGESIZE:
+                # The end of the file, which O_DIRECT cannot write.
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, 0)
+            block = block[os.write(self._descriptor, block) :]
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
-            self.file.close()
+            if error is None:
+                if self._filled:
+                    self._hand_over()
+                while self._underway:
+                    self._await_oldest()
         except OSError as late:
-            # A full disk may show itself only here, where what is buffered goes out.
             error = late
+        finally:
+            self._hasher.shutdown(cancel_futures=True)
+            self._writer.shutdown(cancel_futures=True)
+            os.close(self._descriptor)
         if isinstance(error, OSError):
             reason = f"{error.strerror}; what is written is kept: mend this and run the same again"
             raise OSError(error.errno, reason, str(self.path)) from error
+
+
+def open_uncached(path: Path) -> int:
+    """A descriptor that writes a new file past the system's cache; through it where the file system has no other way."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return os.open(path, flags, 0o666)
 
 
 def write_shard(path: Path, shard: Shard, blocks: Callable[[TensorSpec], Iterator[Tensor]]) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from conversion.checkpoint import (
+    FILE_MEMORY_BYTES,
     INDEX_NAME,
     Job,
     OutFile,
@@ -273,7 +274,7 @@ class Conversion:
         tensors = self.opened.tensors.values()
         largest = max([BLOCK_BYTES, *(tensor.nbytes for tensor in tensors if is_transposed(tensor))])
         rate, nbytes = _measured_rate(self.opened), sum(file.nbytes for file in self.files)
-        memory_bytes = 2 * workers * largest + BYTES_A_TENSOR * len(self.opened.tensors)
+        memory_bytes = workers * (2 * largest + FILE_MEMORY_BYTES) + BYTES_A_TENSOR * len(self.opened.tensors)
         return Plan([(file.name, file.nbytes) for file in self.files], memory_bytes, nbytes / rate / workers, rate)
 
     def run(

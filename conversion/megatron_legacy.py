@@ -5,7 +5,9 @@ TP x PP x EP: a rank file holds one attention shard and one set of experts, and 
 """
 
 import errno
+import os
 import re
+import tempfile
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -400,10 +402,33 @@ class RankFiles:
 def write_rank_file(
     path: Path, tick: Callable[[Tensor], None], *, models: dict[str, dict[str, Mosaic | None]], head: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write one rank file with torch.save, without its numbers; then fill those in, block by block, and hash the whole.
+    """Write one rank file: what torch.save makes of it without its numbers, and those in between as they come.
 
     The archive's CRCs stay those of the empty records: torch does not read them, `unzip -t` complains.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        frame = Path(folder) / "frame"
+        _save_hollow(frame, models, head)
+        saved = open_torch_file(frame)
+        places = sorted(
+            (saved[key][name].tiles[0].start, key, name)
+            for key, model in models.items()
+            for name, value in model.items()
+            if value is not None and value.elements
+        )
+        with frame.open("rb") as hollow, HashedFile(path) as file:
+            for start, key, name in places:
+                file.write(hollow.read(start - hollow.tell()))
+                for block in blocks(models[key][name]):
+                    file.write(bytes_of(block))
+                    tick(block)
+                hollow.seek(models[key][name].nbytes, os.SEEK_CUR)
+            file.write(hollow.read())
+    return {"sha256": file.digest.hexdigest()}
+
+
+def _save_hollow(path: Path, models: dict[str, dict[str, Mosaic | None]], head: dict[str, Any]) -> None:
+    """A sparse file of torch.save in which the numbers of all tensors are left out."""
     with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
         hollow = {
             key: OrderedDict(
@@ -418,18 +443,3 @@ def write_rank_file(
             # Torch's writer has no other name for a disk that is full.
             reason = f"torch could not write it ({error}); mend this and run the same again"
             raise OSError(errno.EIO, reason, str(path)) from error
-    saved = open_torch_file(path)
-    places = sorted(
-        (saved[key][name].tiles[0].start, key, name)
-        for key, model in models.items()
-        for name, value in model.items()
-        if value is not None and value.elements
-    )
-    with HashedFile(path, "r+b") as file:
-        for start, key, name in places:
-            file.keep(start - file.tell())
-            for block in blocks(models[key][name]):
-                file.write(bytes_of(block))
-                tick(block)
-        file.keep()
-    return {"sha256": file.digest.hexdigest()}

@@ -59,7 +59,7 @@ class Loud:
         (torch.load, r"torch\.serialization\.load"),
         (bytearray, r"builtins\.bytearray"),
     ],
-    ids=str,
+    ids=["system", "nested", "eval", "loads", "exit", "open", "load", "bytearray"],
 )
 def test_what_would_run_is_refused_by_name_and_does_not_run(tmp_path, monkeypatch, value, named):
     monkeypatch.chdir(tmp_path)
