@@ -44,7 +44,7 @@ def next_token_loss(logits_BQV: Tensor, ids_BQ: Tensor) -> Tensor:
 
 def pipeline_schedule(model: AxK1ForCausalLM, micro_batches: int, loss=next_token_loss) -> Schedule1F1B:
     """One forward, one backward in turn, on the ranks over which `model` was loaded with `pp_size`. ValueError for another model,
-    or one whose head is its embedding: two stages would train a copy each.
+    for one whose head is its embedding (two stages would train a copy each) or that has multi-token-prediction layers (untrained).
 
     Gradients are of the mean over micro-batches. There have to be at least as many micro-batches as ranks.
     """
@@ -52,6 +52,11 @@ def pipeline_schedule(model: AxK1ForCausalLM, micro_batches: int, loss=next_toke
         raise ValueError("This model is on no pipeline; load it with distributed_config=DistributedConfig(pp_size=N).")
     if model.config.tie_word_embeddings:
         raise ValueError("tie_word_embeddings=True would train two copies on two stages; untie them, or use FSDP2.")
+    if model.config.num_nextn_predict_layers:
+        raise ValueError(
+            f"num_nextn_predict_layers={model.config.num_nextn_predict_layers} layers do not train on a pipeline; load the "
+            "model with num_nextn_predict_layers=0, or use FSDP2."
+        )
     place = model._pp_stage
     stage = PipelineStage(StageForward(model), place.pp_rank, place.pp_size, model.device, group=place.pp_group)
     return Schedule1F1B(stage, micro_batches, loss_fn=loss)

@@ -165,13 +165,17 @@ def test_rows_cut_over_ranks_learn_as_one_process_does(saved, pair):
         assert_gradients_equal(gradients, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
 
-def test_a_whole_model_is_no_pipeline_and_a_tied_one_does_not_train_on_one():
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [("tie_word_embeddings", True, "two copies"), ("num_nextn_predict_layers", 1, "do not train on a pipeline")],
+)
+def test_what_cannot_train_on_a_pipeline_is_refused(field, value, reason):
+    model = ours(config(**{field: value}))
     with pytest.raises(ValueError, match="on no pipeline"):
-        pipeline_schedule(ours(config()), micro_batches=2)
-    tied = ours(config(tie_word_embeddings=True))
-    tied.config.distributed_config = DistributedConfig(pp_size=2)
-    with pytest.raises(ValueError, match="two copies"):
-        pipeline_schedule(tied, micro_batches=2)
+        pipeline_schedule(model, micro_batches=2)
+    model.config.distributed_config = DistributedConfig(pp_size=2)
+    with pytest.raises(ValueError, match=reason):
+        pipeline_schedule(model, micro_batches=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
