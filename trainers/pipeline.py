@@ -44,7 +44,7 @@ def next_token_loss(logits_BQV: Tensor, ids_BQ: Tensor) -> Tensor:
 
 def pipeline_schedule(model: AxK1ForCausalLM, micro_batches: int, loss=next_token_loss) -> Schedule1F1B:
     """One forward, one backward in turn, on the ranks over which `model` was loaded with `pp_size`. ValueError for another model,
-    for one whose head is its embedding (two stages would train a copy each) or that has multi-token-prediction layers (untrained).
+    for one whose head is its embedding (two stages would train a copy each) or with multi-token-prediction layers (untrained).
 
     Gradients are of the mean over micro-batches. There have to be at least as many micro-batches as ranks.
     """
