@@ -21,10 +21,10 @@ def rank_main(rank: int, world: int, port: int, folder: str, function, arguments
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    try:
-        torch.save(function(*arguments), f"{folder}/rank{rank}.pt")
+    torch.save(function(*arguments), f"{folder}/rank{rank}.pt")
+    # Trainer's end_training has already done it, after a barrier of its own.
+    if dist.is_initialized():
         dist.barrier()
-    finally:
         dist.destroy_process_group()
 
 

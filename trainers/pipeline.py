@@ -1,4 +1,4 @@
-"""How does a model train as a pipeline? transformers puts each rank's layers on it, torch.distributed.pipelining runs the schedule.
+"""How does a model train as a pipeline? transformers loads each rank's layers, torch.distributed.pipelining runs the schedule.
 
     model = AxK1ForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(pp_size=ranks))
     schedule = pipeline_schedule(model, micro_batches=8)
@@ -43,12 +43,20 @@ def next_token_loss(logits_BQV: Tensor, ids_BQ: Tensor) -> Tensor:
 
 
 def pipeline_schedule(model: AxK1ForCausalLM, micro_batches: int, loss=next_token_loss) -> Schedule1F1B:
-    """One forward, one backward in turn, on the ranks over which `model` was loaded with `pp_size`. ValueError for another model.
+    """One forward, one backward in turn, on the ranks over which `model` was loaded with `pp_size`. ValueError for another model,
+    for one whose head is its embedding (two stages would train a copy each) or with multi-token-prediction layers (untrained).
 
     Gradients are of the mean over micro-batches. There have to be at least as many micro-batches as ranks.
     """
     if getattr(model.config, "distributed_config", None) is None or model.config.distributed_config.pp_size == 1:
         raise ValueError("This model is on no pipeline; load it with distributed_config=DistributedConfig(pp_size=N).")
+    if model.config.tie_word_embeddings:
+        raise ValueError("tie_word_embeddings=True would train two copies on two stages; untie them, or use FSDP2.")
+    if model.config.num_nextn_predict_layers:
+        raise ValueError(
+            f"num_nextn_predict_layers={model.config.num_nextn_predict_layers} layers do not train on a pipeline; load the "
+            "model with num_nextn_predict_layers=0, or use FSDP2."
+        )
     place = model._pp_stage
     stage = PipelineStage(StageForward(model), place.pp_rank, place.pp_size, model.device, group=place.pp_group)
     return Schedule1F1B(stage, micro_batches, loss_fn=loss)

@@ -51,7 +51,8 @@ def held_shapes(config: AxK1Config, layout: DistributedConfig, rank: int) -> dic
     stage = rank // (inner * layout.dp_replicate_size)
     held = {}
     for name, parameter in model.named_parameters():
-        if layout.pp_size > 1 and pipeline_stage(name, config.num_hidden_layers, layout.pp_size) != stage:
+        # Multi-token-prediction layers count among the layers.
+        if layout.pp_size > 1 and pipeline_stage(name, len(model.model.layers), layout.pp_size) != stage:
             continue
         shape = list(parameter.shape)
         parts, outer, style = layout.tp_size, layout.fsdp_size, tp_plan.get(name)

@@ -1,8 +1,13 @@
 """Does a model on several ranks compute, learn, hold and read what it should? Against one process, over gloo on a CPU."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.distributed import DistributedConfig
+
+pytest.importorskip("transformers.distributed.expert_parallel", reason="sharding by plans needs transformers 5.21")
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
 from tests.modeling_axk1.parallel_checks import check_layouts, check_pair, ids_of_16, infer_and_train
@@ -142,6 +147,8 @@ def test_a_pipelined_step_equals_one_process_and_its_checkpoint_loads_anywhere(s
     assert no_loss is None and not first.keys() & last.keys()
     torch.testing.assert_close(loss, truth["loss"], atol=PREFILL, rtol=0)
     assert_gradients_equal(first | last, truth["gradients"])
+    names = load_file(saved[0] / "model.safetensors").keys()
+    assert json.loads((out / "pipelined/model.safetensors.index.json").read_text())["weight_map"].keys() == names
     model = AxK1ForCausalLM.from_pretrained(out / "pipelined")
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight, truth["updated"][name], atol=PREFILL, rtol=0, msg=name)
@@ -158,9 +165,17 @@ def test_rows_cut_over_ranks_learn_as_one_process_does(saved, pair):
         assert_gradients_equal(gradients, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
 
-def test_a_whole_model_is_no_pipeline():
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [("tie_word_embeddings", True, "two copies"), ("num_nextn_predict_layers", 1, "do not train on a pipeline")],
+)
+def test_what_cannot_train_on_a_pipeline_is_refused(field, value, reason):
+    model = ours(config(**{field: value}))
     with pytest.raises(ValueError, match="on no pipeline"):
-        pipeline_schedule(ours(config()), micro_batches=2)
+        pipeline_schedule(model, micro_batches=2)
+    model.config.distributed_config = DistributedConfig(pp_size=2)
+    with pytest.raises(ValueError, match=reason):
+        pipeline_schedule(model, micro_batches=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

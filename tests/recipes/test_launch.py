@@ -1,0 +1,204 @@
+"""Do the launch files ask for what exists, and do two processes started as they start them equal one?"""
+
+import json
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers.distributed.expert_parallel", reason="sharding by plans needs transformers 5.21")
+
+import axk1
+from modeling_axk1 import AxK1Config, AxK1ForCausalLM, count_parameters, set_thinking_tokens
+from recipes import generate_sharded, think_fusion_sft, train_pipeline
+from tests.random_models import tiny_chat_config
+from tests.ranks import run_on_ranks
+from tests.recipes.launch_checks import run_recipes
+from trainers import sft
+from trainers.mode_overlap import build_mode_overlap, make_row, save_mode_overlap
+from trainers.pipeline import next_token_loss
+from trainers.tokenizer import train_tokenizer
+
+LAUNCH = Path(generate_sharded.__file__).parent / "launch"
+PROGRAMS = ("torchrun", "srun", "vllm", "python3", "axk1")
+# Writes each argument on a line of its own, and a line of dashes.
+RECORDER = '#!/bin/sh\nprintf "%s\\n" "$(basename "$0")" "$@" ---- >> "$RECORD"\n'
+
+
+def commands_of(file: str, folder: Path, *arguments: str, **environment: str) -> list[list[str]]:
+    """The commands that a launch file runs, recorded by programs of the same names that do nothing."""
+    for program in PROGRAMS:
+        (folder / program).write_text(RECORDER)
+    (folder / "scontrol").write_text("#!/bin/sh\necho node7\n")
+    for program in (*PROGRAMS, "scontrol"):
+        (folder / program).chmod(stat.S_IRWXU)
+    environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "RECORD": str(folder / "record")}
+    subprocess.run(["bash", LAUNCH / file, *arguments], env=environment, check=True, timeout=60)
+    return [call.splitlines() for call in (folder / "record").read_text().split("----\n") if call]
+
+
+def module_arguments(command: list[str], module: str) -> list[str]:
+    """What torchrun hands to the module."""
+    at = command.index("-m")
+    assert command[at + 1] == module
+    return command[at + 2 :]
+
+
+def test_every_launch_file_is_tested_here():
+    tested = Path(__file__).read_text()
+    files = sorted(path.name for path in LAUNCH.iterdir())
+    assert len(files) == 9 and all(f'"{name}"' in tested for name in files), files
+
+
+def test_generating_with_tensor_and_expert_parallelism(tmp_path):
+    (command,) = commands_of("generate_tp_ep.sh", tmp_path, "k1", "Hello?", NODES="2", TP="16", EP="16", HEAD="node7")
+    assert command[:3] == ["torchrun", "--nnodes", "2"] and "node7:29500" in command
+    options = generate_sharded.parse(module_arguments(command, "recipes.generate_sharded"))
+    assert (options.tp, options.ep, options.prompt, options.think) == (16, 16, "Hello?", True)
+
+
+def test_generating_and_training_over_a_pipeline(tmp_path):
+    (command,) = commands_of("generate_pp.sh", tmp_path, "m", "Hello?", STAGES="8", NODES="2")
+    assert command[command.index("--nproc-per-node") + 1] == "4"
+    assert generate_sharded.parse(module_arguments(command, "recipes.generate_sharded")).pp == 8
+    (_, command) = commands_of("train_pp.sh", tmp_path, "m", "text", "out")
+    options = train_pipeline.parse(module_arguments(command, "recipes.train_pipeline"))
+    assert (options.model, options.text, options.out, options.micro_batches) == ("m", "text", "out", 16)
+
+
+def test_fine_tuning_with_fsdp2_and_expert_parallelism_on_one_machine_and_under_slurm(tmp_path):
+    config = str(LAUNCH / "sft_fsdp2_ep.yaml")
+    _, settings, _ = sft.parse(["--config", config, "--use_cpu", "true"])
+    assert settings.model_init_kwargs["distributed_config"]["ep_size"] == 8 and settings.save_only_model
+    (command,) = commands_of("sft.sbatch", tmp_path, "m", SLURM_JOB_NODELIST="node[7-8]", SLURM_NNODES="2", SLURM_JOB_ID="5")
+    assert command[:2] == ["srun", "torchrun"] and "node7:20005" in command
+    given = module_arguments(command, "axk1")
+    assert given[:3] == ["sft", "--config", "recipes/launch/sft_fsdp2_ep.yaml"]
+    _, settings, model = sft.parse(["--config", config, *given[3:], "--use_cpu", "true"])
+    layout = settings.model_init_kwargs["distributed_config"]
+    assert model.model_name_or_path == "m" and (layout["fsdp_size"], layout["ep_size"]) == (16, 8)
+
+
+def test_context_parallelism_and_fsdp2_of_accelerate():
+    config = load_config_from_file(str(LAUNCH / "context_parallel.yaml"))
+    sizes = config.parallelism_config
+    ranks = sizes["parallelism_config_dp_shard_size"] * sizes["parallelism_config_cp_size"]
+    assert config.fsdp_config["fsdp_version"] == 2 and ranks == config.num_processes == 8
+    # The settings that the file's own header adds.
+    _, settings, model = sft.parse(
+        ["--config", str(LAUNCH.parent / "configs/sft_8gpu.yaml"), "--use_cpu", "true", "--max_length", "32768"]
+        + ["--per_device_train_batch_size", "2", "--pad_to_multiple_of", "8", "--attn_implementation", "sdpa"]
+    )
+    assert settings.pad_to_multiple_of % (2 * sizes["parallelism_config_cp_size"]) == 0 and not settings.packing
+    assert model.attn_implementation == "sdpa"
+
+
+def test_megatron_by_conversion(tmp_path):
+    (tmp_path / "work/trained").mkdir(parents=True)
+    (tmp_path / "work/trained/latest_checkpointed_iteration.txt").write_text("7")
+    commands = commands_of("megatron.sh", tmp_path, "m", str(tmp_path / "work"))
+    options = [axk1.build_parser().parse_args(command[1:]) for command in commands]
+    assert [command[2] for command in commands] == ["to-megatron", "inspect", "to-hf", "verify"]
+    stages, last = options[0].pp, options[0].last_stage_layers
+    assert (AxK1Config.preset("k1").num_hidden_layers - last) % (stages - 1) == 0
+
+
+def test_serving_by_vllm_and_sglang(tmp_path):
+    """vLLM 0.12's and SGLang's published flags; neither is installed here."""
+    (command,) = commands_of("serve_vllm.sh", tmp_path, "m", TP="8", PP="1")
+    assert command[:3] == ["vllm", "serve", "m"] and "--enable-expert-parallel" in command
+    assert command[command.index("--distributed-executor-backend") + 1] == "mp"
+    (_, command) = commands_of("serve_sglang.sh", tmp_path, "m", NODE="1")
+    assert command[:3] == ["python3", "-m", "sglang.launch_server"]
+    flags = dict(zip(command[3::2], command[4::2]))
+    assert flags["--tp-size"] == "16" and flags["--nnodes"] == "2" and flags["--node-rank"] == "1"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    text = "user assistant one two three four after comes 0 1 2 3 4 5 6 7 8 9 "
+    tokenizer = train_tokenizer([text], 310)
+    torch.manual_seed(0)
+    AxK1ForCausalLM(tiny_chat_config(len(tokenizer))).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "text").write_text(text * 30)
+    asked = [[{"role": "user", "content": f"{n} + 1"}] for n in range(8)]
+    rows = build_mode_overlap(make_row(ask, str(n + 1), f"after {n} comes") for n, ask in enumerate(asked))
+    save_mode_overlap(rows, folder / "mod.jsonl")
+    return folder, tokenizer, text * 30
+
+
+def sft_settings(folder: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "--config", str(Path(think_fusion_sft.__file__).parent / "configs/sft_cpu.yaml"), "--save_only_model", "true",
+        "--model_name_or_path", str(folder / "model"), "--dataset", str(folder / "mod.jsonl"), "--output_dir", str(out),
+        "--max_steps", "3", "--logging_steps", "1", "--warmup_steps", "1", "--disable_tqdm", "true",
+        "--lr_scheduler_kwargs", '{"num_decay_steps": 1}', *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def launched(files, tmp_path_factory):
+    """What each of two ranks got from the recipes and from `axk1 sft` with FSDP2 and expert parallelism."""
+    folder, out = files[0], tmp_path_factory.mktemp("launched")
+    chat = [str(folder / "model"), "--tp", "2", "--ep", "2", "--max-new-tokens", "12", "--think"]
+    pipeline = [str(folder / "model"), str(folder / "text"), str(out / "pipeline"), "--steps", "3", "--length", "16"]
+    pipeline += ["--batch", "4", "--micro-batches", "2", "--rate", "1e-3"]
+    layout = json.dumps({"distributed_config": {"fsdp_size": 2, "ep_size": 2}})
+    sharded = sft_settings(folder, out / "sft", "--per_device_train_batch_size", "4", "--model_init_kwargs", layout)
+    return out, run_on_ranks(2, out, run_recipes, chat, pipeline, sharded)
+
+
+def test_two_ranks_say_what_one_says(files, launched):
+    folder, tokenizer, _ = files
+    model = AxK1ForCausalLM.from_pretrained(folder / "model").eval()
+    set_thinking_tokens(model.generation_config, tokenizer)
+    chat = [{"role": "user", "content": "What is 2 + 3?"}]
+    given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    torch.manual_seed(0)
+    output = model.generate(**given, enable_thinking=True, max_new_tokens=12)
+    truth = tokenizer.decode(output[0, given["input_ids"].shape[1] :])
+    assert truth and [said for said, *_ in launched[1]] == [truth, truth]
+
+
+def test_two_stages_train_as_one_process_does(files, launched):
+    folder, tokenizer, text = files
+    model = AxK1ForCausalLM.from_pretrained(folder / "model").train()
+    rows = train_pipeline.rows_of(tokenizer, text, 16)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    for step in range(3):
+        ids = rows[torch.randint(len(rows), (4,), generator=torch.Generator().manual_seed(step))]
+        loss = next_token_loss(model(ids).logits, ids)
+        loss.backward()
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) > 1, "clipping must show"
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    (_, none, _), (_, pipelined, _) = launched[1]
+    assert none is None and pipelined == pytest.approx(losses, abs=1e-5)
+    trained = AxK1ForCausalLM.from_pretrained(launched[0] / "pipeline")
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(trained.get_parameter(name), weight, atol=1e-5, rtol=0, msg=name)
+
+
+def test_sharded_fine_tuning_equals_one_process_and_saves_a_plain_checkpoint(files, launched, tmp_path):
+    trainer = sft.run_sft(sft_settings(files[0], tmp_path, "--per_device_train_batch_size", "8"))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    for *_, sharded in launched[1]:
+        assert sharded == pytest.approx(losses, abs=1e-3)
+    truth, saved = (load_file(folder / "model.safetensors") for folder in (tmp_path, launched[0] / "sft"))
+    assert saved.keys() == truth.keys()
+    for name, weight in truth.items():
+        torch.testing.assert_close(saved[name], weight, atol=1e-5, rtol=0, msg=name)
+
+
+def test_the_plan_of_one_rank_is_the_whole_model(capsys):
+    said = generate_sharded.main(["k1", "--plan"])
+    total = count_parameters(AxK1Config.preset("k1"))["total"]
+    assert said == f"rank 0: {total:,} parameters, {total * 2 / 1e9:.2f} GB" and said in capsys.readouterr().out
