@@ -44,7 +44,9 @@ def reworded(rng: random.Random, text: str) -> str:
 
 
 def lines(texts) -> bytes:
-    return "".join(json.dumps({"text": text, "n": n}, ensure_ascii=False) + "\n" for n, text in enumerate(texts)).encode()
+    return "".join(
+        json.dumps({"text": text, "n": n}, ensure_ascii=False) + "\n" for n, text in enumerate(texts)
+    ).encode()
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +159,9 @@ def test_domains_get_the_mixture(curated):
 
 
 def test_files_go_from_simple_to_hard(curated):
-    levels = [[row["difficulty"] for row in rows] for rows in map(_rows, sorted((curated / "documents").glob("*.jsonl")))]
+    levels = [
+        [row["difficulty"] for row in rows] for rows in map(_rows, sorted((curated / "documents").glob("*.jsonl")))
+    ]
     tenths = [{min(9, int(10 * level)) for level in file} for file in levels]
     assert all(len(tenth) == 1 for tenth in tenths)
     order = [tenth.pop() for tenth in tenths]
@@ -239,7 +243,9 @@ def test_slurm_runs_the_same_recipe(curated, planted, tmp_path, monkeypatch):
     assert len(queued) == 11 and "dependency" not in queued[0]
     assert all("--dependency=afterok:" in line for line in queued[1:])
     script = (out / "logs" / "near-pair" / "launch_script.slurm").read_text()
-    assert "#SBATCH --partition=cpu" in script and "#SBATCH --array=0-13" in script and "launch_pickled_pipeline" in script
+    assert (
+        "#SBATCH --partition=cpu" in script and "#SBATCH --array=0-13" in script and "launch_pickled_pipeline" in script
+    )
     assert not (out / "documents").exists()
     monkeypatch.setenv("SLURM_NODELIST", "node1")
     for stage in sorted((out / "logs").iterdir(), key=lambda path: (path / "executor.pik").stat().st_mtime_ns):
@@ -355,4 +361,13 @@ def test_heuristics_are_each_sources_own(tmp_path):
 
 
 def test_words_of_any_script():
-    assert Words().word_tokenize("Hello, 세계 2024! 世界のx_1") == ["Hello", "세", "계", "2024", "世", "界", "の", "x_1"]
+    assert Words().word_tokenize("Hello, 세계 2024! 世界のx_1") == [
+        "Hello",
+        "세",
+        "계",
+        "2024",
+        "世",
+        "界",
+        "の",
+        "x_1",
+    ]

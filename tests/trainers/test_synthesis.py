@@ -57,11 +57,18 @@ def rows(path):
 def test_seeds_through_a_server(tmp_path, server, capsys):
     url, asked = server
     seeds = tmp_path / "seeds.jsonl"
-    seeds.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("water boils", "EMPTY", "LONG tale", "FAIL")))
+    seeds.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("water boils", "EMPTY", "LONG tale", "FAIL"))
+    )
     arguments = ["curate", "synthesize", str(tmp_path / "made.jsonl"), "--seeds", str(seeds), "--server", url]
     arguments += ["--model", "m", "--language", "Korean", "--temperature", "0.5"]
     assert axk1.main(arguments) == 0
-    assert "written 1" in (said := capsys.readouterr().out) and "empty 1" in said and "cut 1" in said and "failed 1" in said
+    assert (
+        "written 1" in (said := capsys.readouterr().out)
+        and "empty 1" in said
+        and "cut 1" in said
+        and "failed 1" in said
+    )
     (made,) = rows(tmp_path / "made.jsonl")
     assert made["text"] == "made of: water boils" and "thought" not in made["text"]
     assert (made["seed_file"], made["seed_position"], made["model"]) == (str(seeds), 0, "m")
