@@ -9,7 +9,9 @@ from trainers.curation_steps import Words
 WORDS = "오늘 영화 정말 재미 있다 없다 배우 연기 감동 음악 지루 최고 다시 보고 싶다 친구".split()
 
 
-def test_small_run(tmp_path):
+def test_small_run(tmp_path, monkeypatch):
+    library = curate_corpus._library()[:12]
+    monkeypatch.setattr(curate_corpus, "_library", lambda: library)
     rng = random.Random(0)
     reviews = [" ".join(rng.choices(WORDS, k=40)) for _ in range(120)]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in reviews))
