@@ -222,11 +222,11 @@ def stages_of(recipe: Recipe, out: Path) -> list[Stage]:
         near = NEAR | {key: recipe.deduplicate[key] for key in NEAR if key in recipe.deduplicate}
         hashing = MinhashConfig(near["words"], near["buckets"], near["hashes"], hash_config=HASH)
         signatures, pairs, clusters = (str(work / f"near-{name}") for name in ("signatures", "pairs", "clusters"))
-        drop = MinhashDedupFilter(clusters, DroppedWriter(dropped, "near", "near duplicate"), load_cluster_ids=True)
+        drop = MinhashDedupFilter(clusters, DroppedWriter(dropped, "near", "near duplicate"))
         stages += [
             Stage("near-sign", [take_over(), MinhashDedupSignature(signatures, hashing, language=Words())], tasks),
             Stage("near-pair", [MinhashDedupBuckets(signatures, pairs, config=hashing)], near["buckets"]),
-            Stage("near-group", [MinhashDedupCluster(pairs, clusters, config=hashing, save_cluster_id=True)], 1),
+            Stage("near-group", [MinhashDedupCluster(pairs, clusters, config=hashing)], 1),
             Stage("near-drop", [take_over(), drop, Kept("near"), hand_over("near")], tasks),
         ]
         latest = "near"

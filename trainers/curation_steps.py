@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import fsspec
@@ -145,6 +145,14 @@ def _gopher(quality: Mapping | None = None, repetition: Mapping | None = None) -
     return filters
 
 
+@lru_cache(1)
+def language_identifier():
+    """Unpacked once a process: that takes seconds."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
 class Language(BaseFilter):
     """Language by py3langid, whose model is in its wheel; a source's declared language is believed."""
 
@@ -154,16 +162,10 @@ class Language(BaseFilter):
         super().__init__(DroppedWriter(dropped, self.name))
         self.languages, self.minimum = list(languages), minimum
 
-    @cached_property
-    def identifier(self):
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-        return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-
     def filter(self, document: Document) -> bool | tuple[bool, str]:
         if "language" in document.metadata:
             return keep(document, self.name, "declared")
-        language, score = self.identifier.classify(document.text[:MAX_CHARACTERS])
+        language, score = language_identifier().classify(document.text[:MAX_CHARACTERS])
         document.metadata |= {"language": language, "language_score": round(float(score), 4)}
         if language not in self.languages:
             return False, f"language {language}"

@@ -136,8 +136,8 @@ def synthesize(
     """Append a JSON line for each request to `out` that has none there yet: `id`, `text`, `model`, `prompt` and its origin.
 
     Lines come in the order of the requests. Replies that are empty or cut are left out; both, and requests that failed after
-    all retries, are counted and asked again by the next run, which a killed one needs as well. The last error is raised if
-    nothing at all was written.
+    all retries, are counted and asked again by the next run, which a killed one needs as well. ValueError if none was
+    answered.
     """
     done = _finished(out)
     counts, failure = Counter({"there already": len(done)}), None
@@ -165,7 +165,7 @@ def synthesize(
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
                         counts["written"] += 1
                 file.flush()
-    if failure and not counts["written"]:
+    if failure and not counts["written"] + counts["empty"] + counts["cut"]:
         raise ValueError(
             f"None of {counts['failed']} requests was answered, the last with {failure!r}; is the server up?"
         )

@@ -1,0 +1,373 @@
+"""Does a recipe find what was planted, account for every document, survive a kill, and run the same on Slurm?"""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import dill
+import pytest
+import yaml
+from datatrove.data import Document
+from datatrove.pipeline.dedup import MinhashDedupFilter
+
+import axk1
+from trainers.curation import Recipe, collect, curate, executors_of, stages_of
+from trainers.curation_steps import Decontaminated, Heuristics, Language, Words, repeats
+from trainers.text_classifier import train_classifier
+
+NOUNS = "river engine garden teacher bridge planet harbor violin market glacier lantern orchard desert museum".split()
+VERBS = "crosses repairs remembers paints measures follows describes builds forgets carries teaches watches".split()
+CODE_NAMES = "index total result buffer parser token weight column".split()
+EXACT, NEAR = 30, 30
+
+
+def prose(rng: random.Random, sentences: int) -> str:
+    return " ".join(
+        f"The {rng.choice(NOUNS)} {rng.choice(VERBS)} the {rng.choice(NOUNS)} near {rng.choice(NOUNS)} {rng.randrange(999)}."
+        for _ in range(sentences)
+    )
+
+
+def program(rng: random.Random) -> str:
+    lines = [f"    {rng.choice(CODE_NAMES)} = {rng.choice(CODE_NAMES)}[{rng.randrange(99)}]" for _ in range(12)]
+    return "\n".join([f"def f{rng.randrange(9999)}(x):", *lines, "    return x"])
+
+
+def reworded(rng: random.Random, text: str) -> str:
+    """One word in 60 replaced, other capitals, other punctuation."""
+    words = text.split()
+    for place in rng.sample(range(len(words)), max(1, len(words) // 60)):
+        words[place] = rng.choice(NOUNS)
+    return " ".join(words).replace(".", "!").upper()
+
+
+def lines(texts) -> bytes:
+    return "".join(
+        json.dumps({"text": text, "n": n}, ensure_ascii=False) + "\n" for n, text in enumerate(texts)
+    ).encode()
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """Files with known duplicates and known damage, and two trained classifiers."""
+    folder, rng = tmp_path_factory.mktemp("corpus"), random.Random(3)
+    originals = [prose(rng, rng.choice([12, 20])) for _ in range(150)]
+    exact = [originals[n] for n in rng.sample(range(150), EXACT)]
+    near = [reworded(rng, originals[n]) for n in rng.sample(range(150), NEAR)]
+    (folder / "web").mkdir()
+    (folder / "web" / "a.jsonl").write_bytes(lines(originals) + b"{broken\n" + b'{"text": "\xff\xff"}\n')
+    (folder / "web" / "b.jsonl").write_bytes(lines([*exact, *near]) + b'{"text": "' + b"y" * 300_000 + b'"}\n')
+    (folder / "web" / "c.jsonl").write_bytes(b"")
+    (folder / "web" / "d.jsonl").write_bytes(lines(["too short", "!!! ### !!! " * 40]))
+    (folder / "code").mkdir()
+    programs = [program(rng) for _ in range(40)]
+    for number, text in enumerate(programs):
+        (folder / "code" / f"{number}.py").write_text(text)
+    question = "A farmer sells twelve eggs for nine dollars each and buys 7 hens for 31 dollars how much is left of it"
+    (folder / "test.jsonl").write_text(json.dumps({"question": question, "answer": "1"}) + "\n")
+    (folder / "web" / "e.jsonl").write_bytes(lines([prose(rng, 9) + " " + question.upper() + " " + prose(rng, 9)]))
+    train_classifier(folder / "domain", originals + programs * 3, ["web"] * 150 + ["code"] * 120)
+    levels = ["hard" if len(text) > 700 else "easy" for text in originals + programs * 3]
+    train_classifier(folder / "difficulty", originals + programs * 3, levels)
+    return folder, exact, near
+
+
+def recipe_of(folder: Path, out: Path, **changes) -> Recipe:
+    content = {
+        "out": str(out),
+        "sources": [
+            {"name": "web", "path": str(folder / "web"), "heuristics": {"quality": {"min_doc_words": 20}}},
+            {"name": "code", "path": f"{folder}/code/*.py", "language": "code"},
+        ],
+        "language": {"keep": ["en"], "minimum": 0.2},
+        "domain": {"model": str(folder / "domain")},
+        "difficulty": {"model": str(folder / "difficulty")},
+        "decontaminate": {"evaluations": [str(folder / "test.jsonl")]},
+        "mixture": {"web": 0.8, "code": 0.2},
+        "max_document_bytes": 20_000,
+        "tasks": 2,
+        "deduplicate": {"exact": True, "near": True, "buckets": 14},
+    } | changes
+    return Recipe(**content)
+
+
+@pytest.fixture(scope="module")
+def curated(planted, tmp_path_factory):
+    return curate(recipe_of(planted[0], tmp_path_factory.mktemp("curated") / "out"))
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def test_planted_duplicates_are_found_and_nothing_else(curated, planted):
+    _, exact, near = planted
+    found = [row["text"] for row in rows_of(curated / "dropped" / "exact")]
+    assert sorted(found) == sorted(exact)
+    dropped = {row["text"] for row in rows_of(curated / "dropped" / "near")}
+    # Of a pair either may stay, so pairs are counted by what is left of both.
+    kept = {row["text"] for row in rows_of(curated / "work" / "near")}
+    survivors = sum(text in kept for text in near)
+    assert len(dropped) >= 0.95 * NEAR and len(dropped) <= NEAR
+    assert len(kept) == 150 + 40 + NEAR - len(dropped) and survivors <= NEAR
+
+
+def test_what_cannot_be_read_is_counted(curated):
+    read = json.loads((curated / "report.json").read_text())["read"]
+    unreadable = {reason: read[reason] for reason in ("broken JSON", "invalid UTF-8", "too large", "empty file")}
+    assert unreadable == {"broken JSON": 1, "invalid UTF-8": 1, "too large": 1, "empty file": 1}
+    assert read["documents"] == 150 + EXACT + NEAR + 2 + 1 + 40
+
+
+def test_every_document_is_accounted_for(curated):
+    facts = json.loads((curated / "report.json").read_text())
+    assert facts["dropped"]["heuristics"] == {"gopher_short_doc": 2}
+    assert facts["dropped"]["decontamination"] == {"in test.jsonl": 1}
+    dropped = sum(sum(reasons.values()) for reasons in facts["dropped"].values())
+    assert facts["kept"]["deduplicated"] + dropped == facts["read"]["documents"]
+    distinct = {row["id"] for row in rows_of(curated / "documents")}
+    assert len(distinct) + facts["left_out_by_mixture"] == facts["kept"]["deduplicated"]
+
+
+def test_every_document_keeps_its_provenance(curated):
+    documents, dropped = rows_of(curated / "documents"), rows_of(curated / "dropped" / "exact")
+    steps = ["heuristics", "language", "decontamination", "domain", "difficulty", "exact", "near", "mixture"]
+    for row in documents:
+        assert list(row["verdicts"]) == [s for s in steps if s != "heuristics" or "heuristics" in row["verdicts"]]
+        assert 0 <= row["difficulty"] <= 1 and row["language"] in ("en", "code")
+    for row in [*documents, *dropped]:
+        content = Path(row["file"]).read_text(errors="replace")
+        if row["source"] == "web":
+            raw = json.loads(content.split("\n")[row["position"]])
+            assert raw["text"] == row["text"] and json.loads(row["columns"]) == {"n": raw["n"]}
+        else:
+            assert content == row["text"]
+    assert all(row["filter_reason"] == "same text" and row["dropped_by"] == "exact" for row in dropped)
+
+
+def test_domains_get_the_mixture(curated):
+    facts = json.loads((curated / "report.json").read_text())
+    table = {row["domain"]: row for row in facts["mixture"]}
+    assert table["web"]["deduplicated"] > 0.85, "nothing to mend"
+    assert table["code"]["documents"] == pytest.approx(0.2, abs=0.02) and table["code"]["wanted"] == 0.2
+    documents = rows_of(curated / "documents")
+    assert all(row["domain"] == row["source"] for row in documents)
+    copies = {row["copy"] for row in documents if row["domain"] == "code"}
+    assert copies <= {0, 1, 2, 3} and len(copies) > 1
+
+
+def test_files_go_from_simple_to_hard(curated):
+    levels = [
+        [row["difficulty"] for row in rows] for rows in map(_rows, sorted((curated / "documents").glob("*.jsonl")))
+    ]
+    tenths = [{min(9, int(10 * level)) for level in file} for file in levels]
+    assert all(len(tenth) == 1 for tenth in tenths)
+    order = [tenth.pop() for tenth in tenths]
+    assert order == sorted(order) and len(set(order)) > 1
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_report_shows_reasons_mixture_and_samples(curated):
+    page = (curated / "report.html").read_text()
+    for shown in ("gopher_short_doc", "near duplicate", "in test.jsonl", "Samples: exact", "<td>20.0%</td>"):
+        assert shown in page
+    facts = json.loads((curated / "report.json").read_text())
+    assert facts["samples"]["kept"] and len(facts["samples"]["exact"]) == 3
+    assert collect(curated, {"web": 0.8, "code": 0.2}) == facts
+
+
+def test_killed_and_run_again_gives_the_same_files(curated, planted, tmp_path, monkeypatch):
+    recipe = recipe_of(planted[0], tmp_path / "out")
+    run = MinhashDedupFilter.run
+
+    def kill(self, data, rank=0, world_size=1):
+        for number, document in enumerate(run(self, data, rank, world_size)):
+            if rank == 1 and number == 20:
+                raise KeyboardInterrupt
+            yield document
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MinhashDedupFilter, "run", kill)
+        with pytest.raises(KeyboardInterrupt):
+            curate(recipe)
+    assert not (tmp_path / "out" / "documents").exists()
+    first = (tmp_path / "out" / "work" / "filtered" / "00000.jsonl").stat().st_mtime_ns
+    out = curate(recipe)
+    assert (out / "work" / "filtered" / "00000.jsonl").stat().st_mtime_ns == first, "a finished task ran again"
+    same_files(out, curated)
+
+
+def same_files(out: Path, expected: Path) -> None:
+    for folder in ("documents", "dropped/exact", "dropped/near", "dropped/heuristics"):
+        names = sorted(path.name for path in (expected / folder).iterdir())
+        assert names == sorted(path.name for path in (out / folder).iterdir())
+        for name in names:
+            assert (out / folder / name).read_bytes() == (expected / folder / name).read_bytes(), name
+    assert (out / "report.json").read_text() == (expected / "report.json").read_text()
+
+
+def test_number_of_tasks_changes_no_text(curated, planted, tmp_path):
+    plain = {"language": None, "domain": None, "difficulty": None, "mixture": None, "deduplicate": {"exact": True}}
+    out = curate(recipe_of(planted[0], tmp_path / "out", tasks=3, **plain))
+    kept = [row["text"] for row in rows_of(out / "documents")]
+    assert sorted(kept) == sorted(row["text"] for row in rows_of(curated / "work" / "exact"))
+
+
+def test_tasks_run_in_processes_of_their_own(planted, tmp_path):
+    sources = [{"name": "code", "path": f"{planted[0]}/code/*.py"}]
+    recipe = Recipe(str(tmp_path), sources, tasks=2, workers=2, deduplicate={})
+    executors_of(recipe, tmp_path, stages_of(recipe, tmp_path))[0].run()
+    assert [len(_rows(path)) for path in sorted((tmp_path / "work" / "filtered").iterdir())] == [20, 20]
+
+
+def test_slurm_runs_the_same_recipe(curated, planted, tmp_path, monkeypatch):
+    """sbatch is a stand-in that notes its job; each queued executor is then run as its array tasks would run it."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    jobs = tmp_path / "jobs"
+    scripts = {
+        "sbatch": f'echo "$@" >> {jobs}; n=$(wc -l < {jobs}); cat "${{@: -1}}" > {tmp_path}/job-$n; echo Submitted batch job $n',
+        "scontrol": "echo node1",
+    }
+    for name, script in scripts.items():
+        (programs / name).write_text(f"#!/bin/bash\n{script}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    out = curate(recipe_of(planted[0], tmp_path / "out", slurm={"partition": "cpu", "time": "1:00:00"}))
+    queued = [line for line in jobs.read_text().splitlines() if "RUN_OFFSET" in line]
+    assert len(queued) == 11 and "dependency" not in queued[0]
+    assert all("--dependency=afterok:" in line for line in queued[1:])
+    script = (out / "logs" / "near-pair" / "launch_script.slurm").read_text()
+    assert (
+        "#SBATCH --partition=cpu" in script and "#SBATCH --array=0-13" in script and "launch_pickled_pipeline" in script
+    )
+    assert not (out / "documents").exists()
+    monkeypatch.setenv("SLURM_NODELIST", "node1")
+    for stage in sorted((out / "logs").iterdir(), key=lambda path: (path / "executor.pik").stat().st_mtime_ns):
+        with open(stage / "executor.pik", "rb") as file:
+            executor = dill.load(file)
+        for task in range(executor.tasks):
+            monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+            executor.run() if task == 0 else dill.loads((stage / "executor.pik").read_bytes()).run()
+    same_files(out, curated)
+
+
+def test_a_folder_belongs_to_one_recipe(curated, planted, capsys):
+    with pytest.raises(ValueError, match="was begun with another recipe"):
+        curate(recipe_of(planted[0], curated, seed=1))
+    shutil.copytree(planted[0] / "code", planted[0] / "code2", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="another recipe or other files"):
+        curate(recipe_of(planted[0], curated, sources=[{"name": "code", "path": str(planted[0] / "code2")}]))
+
+
+def test_from_the_command_line(planted, tmp_path, capsys):
+    folder, _, _ = planted
+    sources = [{"name": "code", "path": f"{folder}/code"}]
+    recipe = {"out": str(tmp_path / "out"), "sources": sources, "deduplicate": {"exact": True}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert axk1.main(["curate", "run", str(tmp_path / "recipe.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert ["kept", "documents", "40"] in [line.split() for line in said.splitlines()]
+    assert (tmp_path / "out" / "report.html").exists() and len(rows_of(tmp_path / "out" / "documents")) == 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"mixture": {"web": 0.8, "code": 0.1}}, "must be positive and sum to 1, got 0.9"),
+        ({"mixture": {"web": 1.2, "code": -0.2}}, "must be positive and sum to 1"),
+        ({"sources": []}, "has no source"),
+        ({"sources": [{"name": "a"}]}, "needs name and path"),
+        ({"sources": [{"name": "a", "path": "b"}, {"name": "a", "path": "c"}]}, "one name"),
+        ({"sources": [{"name": "a", "path": "absent"}]}, "names no file"),
+        ({"language": {"only": ["en"]}}, "language: ['only'] is unknown"),
+        ({"quality": {"model": "absent"}}, "names no folder with a classifier"),
+        ({"tasks": 0}, "must all be positive"),
+        ({"decontaminate": {"evaluations": ["absent.jsonl"]}}, "names no file"),
+        ({"colour": "blue"}, "colour is unknown; use out, sources"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_bad_recipe_is_refused_in_one_sentence(tmp_path, capsys, changes, complaint):
+    (tmp_path / "text.txt").write_text("some text")
+    recipe = {"out": str(tmp_path / "out"), "sources": [{"name": "a", "path": str(tmp_path / "text.txt")}]} | changes
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert axk1.main(["curate", "run", str(tmp_path / "recipe.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error and error.count("\n") == 1
+
+
+def test_repeats_fill_the_mixture_within_their_bound():
+    rates = repeats({"web": 900, "code": 100}, {"web": 0.8, "code": 0.2}, max_repeats=4)
+    assert rates == pytest.approx({"web": 1000 * 0.8 / 900, "code": 2.0})
+    # Code can give 400 at most, so half of the whole is 400.
+    rates = repeats({"web": 900, "code": 100, "mail": 50}, {"web": 0.5, "code": 0.5}, max_repeats=4)
+    assert rates == pytest.approx({"web": 400 / 900, "code": 4.0})
+    with pytest.raises(ValueError, match="asks for books, of which no text is left"):
+        repeats({"web": 1}, {"web": 0.5, "books": 0.5}, 4)
+
+
+def document(text: str, **metadata) -> Document:
+    return Document(text, "id", metadata={"source": "s", "verdicts": {}, **metadata})
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("The weather was fine, so we walked to the river and back again.", "en"),
+        ("오늘은 날씨가 좋아서 강까지 걸어갔다가 돌아왔습니다.", "ko"),
+        ("今日は天気が良かったので、川まで歩いて行きました。", "ja"),
+        ("今天天气很好，所以我们走到河边再走回来。", "zh"),
+        ("Hacía buen tiempo, así que caminamos hasta el río y volvimos.", "es"),
+    ],
+)
+def test_languages(tmp_path, text, language):
+    step = Language(["en", "ko", "ja", "zh", "es"], 0.3, str(tmp_path))
+    kept = document(text)
+    assert step.filter(kept) is True and kept.metadata["language"] == language
+    others = [each for each in ("en", "ko", "ja", "zh", "es") if each != language]
+    assert Language(others, 0.3, str(tmp_path)).filter(document(text)) == (False, f"language {language}")
+    assert Language([language], 1.1, str(tmp_path)).filter(document(text)) == (False, "language unsure")
+    assert step.filter(document("x = 1", language="code")) is True
+
+
+def test_decontamination_by_shared_words(tmp_path):
+    question = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
+    short = "고양이는 몇 마리인가?"
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in (question, short)))
+    step = Decontaminated([str(tmp_path / "eval.jsonl")], str(tmp_path))
+    dirty = (False, "in eval.jsonl")
+    assert step.filter(document("Before. " + question.replace(",", "").upper() + " After.")) == dirty
+    assert step.filter(document("질문: 고양이는 몇 마리인가")) == dirty
+    # Twelve words in common are not thirteen, and other numbers make another problem.
+    assert step.filter(document(" ".join(question.split()[:12]) + " else")) is True
+    assert step.filter(document(question.replace("48", "52").replace("half", "twice"))) is True
+    assert step.filter(document("")) is True
+
+
+def test_heuristics_are_each_sources_own(tmp_path):
+    rules = {"strict": {"quality": {"min_doc_words": 5}, "repetition": {}}, "lenient": {}}
+    step = Heuristics(rules, str(tmp_path))
+    short, echo = "two words", "\n".join(["the same line of five words"] * 9)
+    for text, reason in ((short, "gopher_short_doc"), (echo, "dup_para_frac"), (echo, "dup_line_frac")):
+        kept, why = step.filter(document(text, source="strict"))
+        assert not kept and why == reason or text is echo
+        assert step.filter(document(text, source="lenient")) is True
+
+
+def test_words_of_any_script():
+    assert Words().word_tokenize("Hello, 세계 2024! 世界のx_1") == [
+        "Hello",
+        "세",
+        "계",
+        "2024",
+        "世",
+        "界",
+        "の",
+        "x_1",
+    ]

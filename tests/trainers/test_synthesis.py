@@ -1,0 +1,144 @@
+"""Are documents made of every seed and topic once, with their origin, through a server or a model here, and a kill survived?"""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+import axk1
+from modeling_axk1 import AxK1Config, AxK1ForCausalLM
+from trainers.synthesis import Reply, Request, local_writer, seed_requests, synthesize, topic_requests
+from trainers.tokenizer import train_tokenizer
+
+
+@pytest.fixture
+def server():
+    """OpenAI's chat completions on loopback: says the prompt's last line; prompts with EMPTY, LONG and FAIL misbehave."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            prompt = body["messages"][0]["content"]
+            asked.append(body)
+            if "FAIL" in prompt:
+                self.send_response(400)
+                self.end_headers()
+                return
+            said = "" if "EMPTY" in prompt else f"made of: {prompt.splitlines()[-1]}"
+            message = {"role": "assistant", "content": said, "reasoning_content": "a thought"}
+            reason = "length" if "LONG" in prompt else "stop"
+            choice = {"index": 0, "message": message, "finish_reason": reason}
+            answer = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+            content = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}/v1", asked
+        http.shutdown()
+        thread.join()
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_seeds_through_a_server(tmp_path, server, capsys):
+    url, asked = server
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("water boils", "EMPTY", "LONG tale", "FAIL"))
+    )
+    arguments = ["curate", "synthesize", str(tmp_path / "made.jsonl"), "--seeds", str(seeds), "--server", url]
+    arguments += ["--model", "m", "--language", "Korean", "--temperature", "0.5"]
+    assert axk1.main(arguments) == 0
+    assert (
+        "written 1" in (said := capsys.readouterr().out)
+        and "empty 1" in said
+        and "cut 1" in said
+        and "failed 1" in said
+    )
+    (made,) = rows(tmp_path / "made.jsonl")
+    assert made["text"] == "made of: water boils" and "thought" not in made["text"]
+    assert (made["seed_file"], made["seed_position"], made["model"]) == (str(seeds), 0, "m")
+    assert made["prompt"] in [body["messages"][0]["content"] for body in asked] and " in Korean that " in made["prompt"]
+    assert {body["temperature"] for body in asked} == {0.5}
+    before = len(asked)
+    assert axk1.main(arguments) == 0
+    assert "there already 1" in capsys.readouterr().out and len(asked) == before + 3
+
+
+def test_topics_in_several_forms(tmp_path, server):
+    url, _ = server
+    topics = tmp_path / "topics.txt"
+    topics.write_text("gravity\n\n조선 시대\n")
+    arguments = ["curate", "synthesize", str(tmp_path / "made.jsonl"), "--topics", str(topics), "--server", url]
+    assert axk1.main([*arguments, "--model", "m", "--forms", "3"]) == 0
+    made = rows(tmp_path / "made.jsonl")
+    assert [row["topic"] for row in made] == ["gravity"] * 3 + ["조선 시대"] * 3
+    assert len({row["form"] for row in made[:3]}) == 3 and len({row["id"] for row in made}) == 6
+    assert all(row["topic"] in row["prompt"] for row in made)
+
+
+def test_a_server_that_is_not_there_is_said_in_one_sentence(tmp_path, server, capsys):
+    url, _ = server
+    (tmp_path / "topics.txt").write_text("FAIL\n")
+    arguments = ["curate", "synthesize", str(tmp_path / "o.jsonl"), "--topics", str(tmp_path / "topics.txt")]
+    assert axk1.main([*arguments, "--server", url, "--model", "m"]) == 2
+    assert "None of 1 requests was answered" in capsys.readouterr().err
+
+
+def test_a_killed_run_goes_on_and_loses_nothing(tmp_path):
+    requests = [Request(f"prompt {number}", {"topic": str(number)}) for number in range(20)]
+    asked = []
+
+    def write(request):
+        asked.append(request.id)
+        if len(asked) == 13:
+            raise KeyboardInterrupt
+        return Reply(request.prompt.upper(), True)
+
+    out = tmp_path / "made.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(requests, write, out, model="m", workers=1)
+    with out.open("a") as file:
+        file.write('{"id": "half')
+    synthesize(requests, write, out, model="m", workers=1)
+    assert [row["text"] for row in rows(out)] == [f"PROMPT {number}" for number in range(20)]
+    # What was written before the kill is not asked again.
+    assert len(asked) < 33
+
+
+def test_a_model_in_this_process(tmp_path):
+    tokenizer = train_tokenizer(["Write about this topic"], 300)
+    torch.manual_seed(0)
+    AxK1ForCausalLM(AxK1Config.preset("nano", vocab_size=len(tokenizer))).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    write = local_writer(str(tmp_path / "m"), max_tokens=6)
+    one, two = Request("about rivers", {}), Request("about clouds", {})
+    first = [write(one), write(two)]
+    assert [write(two), write(one)] == first[::-1], "a text depends on the order of requests"
+    assert first[0] != first[1] and not first[0].complete
+
+
+def test_forms_that_do_not_exist_are_refused(tmp_path):
+    (tmp_path / "t.txt").write_text("a\n")
+    with pytest.raises(ValueError, match="use 1 to 5"):
+        list(topic_requests(tmp_path / "t.txt", language="English", forms_each=6, seed=0))
+
+
+def test_a_seed_is_quoted_up_to_a_bound(tmp_path):
+    (tmp_path / "long.txt").write_text("x" * 100_000)
+    (request,) = seed_requests(tmp_path / "long.txt", language="English", forms_each=1, seed=0)
+    assert 6_000 < len(request.prompt) < 7_000
