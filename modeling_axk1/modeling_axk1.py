@@ -762,7 +762,8 @@ def drop_absent_mtp_layers(model: AxK1PreTrainedModel, missing_keys: set[str]) -
     )
     del base.layers[layers:]
     model.config.num_nextn_predict_layers = 0
-    model._keys_to_ignore_on_load_missing.update(re.escape(prefix + at) for at in places)
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    model._keys_to_ignore_on_load_missing = {*ignored, *(re.escape(prefix + at) for at in places)}
     return {key for key in missing_keys if key.startswith(tuple(prefix + at for at in places))}
 
 

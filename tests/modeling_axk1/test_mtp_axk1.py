@@ -46,7 +46,9 @@ def test_weights_survive_under_the_known_names(dense, tmp_path):
     tensors = on_disk(tmp_path)
     for layer in (2, 3):
         names = {name for name in tensors if name.startswith(f"model.layers.{layer}.")}
-        block = {name.replace("layers.1.", f"layers.{layer}.") for name in tensors if name.startswith("model.layers.1.")}
+        block = {
+            name.replace("layers.1.", f"layers.{layer}.") for name in tensors if name.startswith("model.layers.1.")
+        }
         assert names == block | {f"model.layers.{layer}.{part}" for part in PARTS}
     assert same_weights(model, AxK1ForCausalLM.from_pretrained(tmp_path))
     # The layout on disk, as Trainer loads it, into a model with other weights.
@@ -325,7 +327,13 @@ def test_samples_have_the_models_distribution():
         ).flatten()
     draws = 6_000
     output = model.generate(
-        ids, do_sample=True, use_mtp=True, max_new_tokens=3, num_return_sequences=draws, return_dict_in_generate=True, **warp
+        ids,
+        do_sample=True,
+        use_mtp=True,
+        max_new_tokens=3,
+        num_return_sequences=draws,
+        return_dict_in_generate=True,
+        **warp,
     )
     assert 0.1 < output.accepted / output.drafted < 0.95
     a, b, c = output.sequences[:, 3:].T
@@ -341,7 +349,9 @@ def test_kept_and_redrawn_tokens_follow_the_target():
     torch.manual_seed(0)
     target, draft = torch.tensor([0.5, 0.3, 0.2, 0.0]), torch.tensor([0.1, 0.6, 0.1, 0.2])
     rows = 50_000
-    tokens, kept = mtp.accept(target.expand(rows, -1), draft.expand(rows, -1), draft.multinomial(rows, replacement=True))
+    tokens, kept = mtp.accept(
+        target.expand(rows, -1), draft.expand(rows, -1), draft.multinomial(rows, replacement=True)
+    )
     torch.testing.assert_close(tokens.bincount(minlength=4) / rows, target, atol=0.01, rtol=0)
     # The share kept is the distributions' overlap.
     assert kept.float().mean().item() == pytest.approx(0.5, abs=0.01)
@@ -374,3 +384,17 @@ def test_a_model_without_the_layer_is_refused():
         small(num_nextn_predict_layers=0).generate(torch.tensor([[1, 2]]), use_mtp=True, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("save", ["gradient_checkpointing_enable", "recompute_selectively"])
+def test_recomputation_and_recorded_outputs_leave_the_layer_alone(save):
+    gradients = []
+    for switch in (None, save):
+        model = small(router_aux_loss_coef=0.01).train()
+        if switch:
+            getattr(model, switch)()
+        ids, mask = padded_ids(model.config)
+        output = model(ids, attention_mask=mask, labels=ids, use_cache=False, output_hidden_states=True)
+        assert len(output.hidden_states) == 3 and len(output.router_logits) == 1
+        output.loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for ours_, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-5, atol=1e-6)
