@@ -99,5 +99,5 @@ def fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Ten
     rows_PH = GroupedLinear.apply(act_PI, self.down_proj, hits)
     # Put back and summed, where index_add would keep the rows for its backward.
     rows_PH = F.pad(rows_PH, (0, 0, 0, len(pair_P) - len(rows_PH)))[pair_P.argsort()]
-    out_TH = rows_PH.view(*top_k_index.shape, -1).sum(dim=1, dtype=torch.float32)
+    out_TH = rows_PH.view(*top_k_index.shape, rows_PH.shape[1]).sum(dim=1, dtype=torch.float32)
     return out_TH.to(hidden_states.dtype)

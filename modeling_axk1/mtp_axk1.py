@@ -163,9 +163,8 @@ def refuse(model, generation_config, kwargs: dict) -> None:
             raise ValueError(f"use_mtp=True does not go with {name}={value!r}; leave one of them out.")
     cache = kwargs.get("past_key_values")
     if type(cache) is not DynamicCache or cache.get_seq_length():
-        found = (
-            f"a {type(cache).__name__} of {cache.get_seq_length()} tokens" if isinstance(cache, Cache) else repr(cache)
-        )
+        tokens = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        found = f"a {type(cache).__name__} of {tokens} tokens"
         raise ValueError(
             f"use_mtp=True needs the whole prompt's hidden states and so an empty DynamicCache but got {found}; "
             "leave past_key_values out."
@@ -204,7 +203,9 @@ class Drafting:
         active_B = self.rows.active_B
         if not self.logits_processor or not active_B.any():
             return logits_BV
-        return self.rows.at_each_length(lambda ids: self.logits_processor(ids, logits_BV.clone()), active_B)
+        scores_BV = self.rows.at_each_length(lambda ids: self.logits_processor(ids, logits_BV.clone()), active_B)
+        # A finished row was shown at another's length, where a processor may have left it nothing to draw from.
+        return torch.where(active_B[:, None], scores_BV, logits_BV)
 
     def choose(self, scores_BV: Tensor) -> Tensor:
         return draw(scores_BV.softmax(dim=-1)) if self.do_sample else scores_BV.argmax(dim=-1)

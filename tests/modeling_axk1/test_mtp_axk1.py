@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import DynamicCache, TextStreamer, Trainer, TrainingArguments
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, TextStreamer, Trainer, TrainingArguments
 from transformers.models.axk1.modeling_axk1 import AXK1ForCausalLM
 
 from conversion.convert import convert_to_hf
@@ -46,7 +46,9 @@ def test_weights_survive_under_the_known_names(dense, tmp_path):
     tensors = on_disk(tmp_path)
     for layer in (2, 3):
         names = {name for name in tensors if name.startswith(f"model.layers.{layer}.")}
-        block = {name.replace("layers.1.", f"layers.{layer}.") for name in tensors if name.startswith("model.layers.1.")}
+        block = {
+            name.replace("layers.1.", f"layers.{layer}.") for name in tensors if name.startswith("model.layers.1.")
+        }
         assert names == block | {f"model.layers.{layer}.{part}" for part in PARTS}
     assert same_weights(model, AxK1ForCausalLM.from_pretrained(tmp_path))
     # The layout on disk, as Trainer loads it, into a model with other weights.
@@ -240,6 +242,23 @@ def test_rows_end_each_in_its_own_place(model):
         same_text(model, ids, max_new_tokens=tokens)
 
 
+def test_a_finished_row_may_be_left_nothing_to_sample(model):
+    ids = torch.arange(6) + torch.tensor([[3], [30], [11], [7]])
+
+    class BarsRowsOfOthersLength(LogitsProcessor):
+        """What it leaves of a row that it is shown cut, or padded behind its end, is nothing."""
+
+        def __call__(self, input_ids, scores):
+            return scores.masked_fill((input_ids[:, -1] == 66)[:, None], float("-inf"))
+
+    torch.manual_seed(0)
+    drafted = model.generate(
+        ids, use_mtp=True, do_sample=True, max_new_tokens=30, eos_token_id=list(range(8)), pad_token_id=66,
+        logits_processor=LogitsProcessorList([BarsRowsOfOthersLength()]),
+    )  # fmt: skip
+    assert (drafted[:, -1] == 66).any()
+
+
 class Seen:
     def __init__(self, token):
         self.token = token
@@ -249,14 +268,57 @@ class Seen:
 
 
 def test_holes_in_the_cache_are_squeezed_out(model, monkeypatch):
-    squeezed, keep = [], mtp.keep_slots
     monkeypatch.setattr(mtp, "MIN_HOLES", 2)
     monkeypatch.setattr(mtp, "HOLE_SHARE", 0.0)
-    monkeypatch.setattr(mtp, "keep_slots", lambda cache, slots: (squeezed.append(slots), keep(cache, slots)))
+    squeeze, narrower = mtp.Drafting.squeeze, []
+
+    def held(drafting):
+        """What is cached for each row, in its order."""
+        layers = [*drafting.cache.layers, *drafting.mtp_cache.layers]
+        return [states[row, 0, at.bool()] for layer in layers for states in (layer.keys, layer.values)
+                for row, at in enumerate(drafting.slots_BC)]  # fmt: skip
+
+    def checked(drafting):
+        before, slots = held(drafting), drafting.slots_BC.shape[1]
+        squeeze(drafting)
+        assert all(torch.equal(x, y) for x, y in zip(before, held(drafting), strict=True))
+        assert drafting.cache.get_seq_length() == drafting.slots_BC.shape[1]
+        narrower.append(drafting.slots_BC.shape[1] < slots)
+
+    monkeypatch.setattr(mtp.Drafting, "squeeze", checked)
     ids, mask = padded_ids(model.config, rows=4, tokens=13)
     ids[:, 8:] = torch.arange(5) + torch.tensor([[3], [30], [11], [7]])
     same_text(model, ids, attention_mask=mask)
-    assert len(squeezed) >= 2
+    assert sum(narrower) >= 2
+
+
+@torch.no_grad()
+def drafts_right(model, row: list[int], prompt: int) -> tuple[int, int]:
+    """Drafted and accepted of a finished text, by one pass over all of it: the layer's best guess wherever it had to guess."""
+    ids = torch.tensor([row])
+    hidden = model.model(ids).last_hidden_state
+    guess = model.lm_head(model.model.predict_next(0, hidden, model.model.embed_tokens(ids.roll(-1, 1))))[0].argmax(-1)
+    pending, drafted, accepted = prompt, 0, 0
+    while pending < len(row) - 1:
+        right = int(guess[pending - 1] == row[pending + 1])
+        pending, drafted, accepted = pending + 1 + right, drafted + 1, accepted + right
+    return drafted, accepted
+
+
+def test_drafts_are_the_layers_best_guesses(model):
+    """Rows that end at different places, padded on the left, with holes: counted as one pass over each text counts."""
+    ids, mask = padded_ids(model.config, rows=4, tokens=13)
+    ids[:, 8:] = torch.arange(5) + torch.tensor([[3], [30], [11], [7]])
+    plain = model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False)
+    stops = plain[[0, 1], [19, 24]].tolist()
+    drafted = same_text(model, ids, attention_mask=mask, eos_token_id=stops, pad_token_id=66)
+    counted = []
+    for row, present in zip(drafted.sequences, mask):
+        padding = int((present == 0).sum())
+        text = [token for token in row[padding:].tolist() if token != 66]
+        counted.append(drafts_right(model, text, 13 - padding))
+    assert (drafted.drafted, drafted.accepted) == tuple(map(sum, zip(*counted)))
+    assert len({drafts for drafts, _ in counted}) > 1
 
 
 def test_rejected_drafts_leave_the_cache(model, monkeypatch):
@@ -325,7 +387,13 @@ def test_samples_have_the_models_distribution():
         ).flatten()
     draws = 6_000
     output = model.generate(
-        ids, do_sample=True, use_mtp=True, max_new_tokens=3, num_return_sequences=draws, return_dict_in_generate=True, **warp
+        ids,
+        do_sample=True,
+        use_mtp=True,
+        max_new_tokens=3,
+        num_return_sequences=draws,
+        return_dict_in_generate=True,
+        **warp,
     )
     assert 0.1 < output.accepted / output.drafted < 0.95
     a, b, c = output.sequences[:, 3:].T
@@ -341,7 +409,9 @@ def test_kept_and_redrawn_tokens_follow_the_target():
     torch.manual_seed(0)
     target, draft = torch.tensor([0.5, 0.3, 0.2, 0.0]), torch.tensor([0.1, 0.6, 0.1, 0.2])
     rows = 50_000
-    tokens, kept = mtp.accept(target.expand(rows, -1), draft.expand(rows, -1), draft.multinomial(rows, replacement=True))
+    tokens, kept = mtp.accept(
+        target.expand(rows, -1), draft.expand(rows, -1), draft.multinomial(rows, replacement=True)
+    )
     torch.testing.assert_close(tokens.bincount(minlength=4) / rows, target, atol=0.01, rtol=0)
     # The share kept is the distributions' overlap.
     assert kept.float().mean().item() == pytest.approx(0.5, abs=0.01)
@@ -374,3 +444,17 @@ def test_a_model_without_the_layer_is_refused():
         small(num_nextn_predict_layers=0).generate(torch.tensor([[1, 2]]), use_mtp=True, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("save", ["gradient_checkpointing_enable", "recompute_selectively"])
+def test_recomputation_and_recorded_outputs_leave_the_layer_alone(save):
+    gradients = []
+    for switch in (None, save):
+        model = small(router_aux_loss_coef=0.01).train()
+        if switch:
+            getattr(model, switch)()
+        ids, mask = padded_ids(model.config)
+        output = model(ids, attention_mask=mask, labels=ids, use_cache=False, output_hidden_states=True)
+        assert len(output.hidden_states) == 3 and len(output.router_logits) == 1
+        output.loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for ours_, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-5, atol=1e-6)
