@@ -714,6 +714,8 @@ class AxK1PreTrainedModel(PreTrainedModel):
 
 
 class AxK1Model(AxK1PreTrainedModel):
+    """Embedding, decoder layers and last norm: token ids [B, Q] to hidden states [B, Q, H]."""
+
     def __init__(self, config: AxK1Config):
         super().__init__(config)
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
@@ -865,6 +867,8 @@ class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin):
 
 
 class AxK1ForSequenceClassification(GenericForSequenceClassification, AxK1PreTrainedModel):
+    """A score for each of `num_labels` classes, read at the last token that is not padding: logits [B, num_labels]."""
+
     def __init__(self, config: AxK1Config):
         # Not the parent's: it asks AutoModel for the backbone, which knows nothing of us inside a Hub folder.
         AxK1PreTrainedModel.__init__(self, config)
