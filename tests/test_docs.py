@@ -1,11 +1,12 @@
 """Does every block of the documentation run, is every command and path in it real, and does it build without a broken link?
 
 Blocks of a page run in their order, in one folder: `python` blocks share their names, a block with a title is written as
-the file it shows, the commands of a `console` block run and must say what stands below them (`...` is anything). `shell`
+the file it shows, what is to run under torchrun is compiled, the commands of a `console` block run and must say what stands below them (`...` is anything). `shell`
 blocks are what this machine cannot run, for want of GPUs or of a real checkpoint: those are held against the parsers.
 """
 
 import argparse
+import dataclasses
 import doctest
 import importlib
 import re
@@ -19,13 +20,19 @@ from trl import TrlParser
 import axk1
 from tests.documents import ROOT, blocks_of, commands_in, session_in
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EVERY_PAGE = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# A page whose first lines name a file that is not here yet describes what is still to come.
+WAITING = {page: need[1] for page in EVERY_PAGE if (need := re.match(r"---\nneeds: (\S+)\n---\n", page.read_text()))}
+WAITING = {page: need for page, need in WAITING.items() if not (ROOT / need).exists()}
+PAGES = [page for page in EVERY_PAGE if page not in WAITING]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 RUN = {"python", "console"}
 # Languages of blocks that are read, not run; "" is a drawing, a tree or what another program prints.
 READ = {"", "shell", "yaml", "json", "jsonl", "text"}
 # Programs that are not ours: a line of theirs is shown and nothing of it can be checked here.
 OTHERS = {"curl", "vllm", "pip", "sbatch", "lm_eval"}
+# The module that parses a training command's settings, where it is not named like the command.
+MODULES = {"pretrain": "pretrain_run"}
 ROOMS = "modeling_axk1|trainers|conversion|serving|recipes|benchmarks|tests|docs"
 
 
@@ -43,7 +50,9 @@ def test_page_runs(page, tmp_path, monkeypatch, capsys):
             (tmp_path / block.title).write_text(block.text, encoding="utf-8")
         elif block.language == "python":
             # Line numbers of an error are those of the page.
-            exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
+            code = compile("\n" * block.line + block.text, str(page), "exec")
+            if "under torchrun" not in block.text:
+                exec(code, names)
         elif block.language == "console":
             run_session(block.text, capsys)
 
@@ -108,9 +117,9 @@ def check_axk1(arguments: list[str], titles: set[str]) -> None:
 
 def check_settings(command: str, settings: list[str], titles: set[str]) -> None:
     """A training command's flags, and the keys of its YAML file where it is one of ours, are settings that it has."""
-    module = importlib.import_module(f"trainers.{command}")
+    module = importlib.import_module(f"trainers.{MODULES.get(command, command)}")
     kinds = module.parse.__annotations__["return"].__args__
-    parser = TrlParser(kinds)
+    parser = TrlParser([kind for kind in kinds if dataclasses.is_dataclass(kind)])
     known = {action.dest for action in parser._actions}
     for action in parser._actions:
         action.required = False
@@ -121,7 +130,14 @@ def check_settings(command: str, settings: list[str], titles: set[str]) -> None:
         if path not in titles:
             assert set(yaml.safe_load((ROOT / path).read_text())) <= known, path
     _, unknown = argparse.ArgumentParser.parse_known_args(parser, settings)
+    # A table of stages comes first, as a file.
+    unknown = [word for word in unknown if not (word.endswith(".yaml") and (word in titles or (ROOT / word).exists()))]
     assert not unknown, f"axk1 {command} has no {unknown}"
+
+
+@pytest.mark.parametrize("page", WAITING, ids=lambda page: page.stem)
+def test_page_waits(page):
+    pytest.skip(f"{page.name} is about {WAITING[page]}, which is not here yet")
 
 
 def test_every_command_is_shown_on_some_page():
