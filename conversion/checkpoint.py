@@ -102,6 +102,23 @@ def read_header(path: Path) -> list[StoredTensor]:
 
     ValueError names the file and what is wrong: truncated, not safetensors, holes or overlaps, unknown dtypes.
     """
+    header, data_start = _read_json_header(path)
+    header.pop("__metadata__", None)
+    try:
+        tensors = [_parse_entry(path, name, entry, data_start) for name, entry in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _corrupt(path, error) from error
+    return _check_layout(path, tensors, data_start, path.stat().st_size)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, as `{"format": "pt"}`."""
+    metadata = _read_json_header(path)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _read_json_header(path: Path) -> tuple[dict, int]:
+    """The header, and where the data begin."""
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -112,11 +129,15 @@ def read_header(path: Path) -> list[StoredTensor]:
             )
         try:
             header = json.loads(file.read(header_bytes))
-            header.pop("__metadata__", None)
-            tensors = [_parse_entry(path, name, entry, 8 + header_bytes) for name, entry in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} has a corrupt safetensors header ({error}); fetch or save it again.") from error
-    return _check_layout(path, tensors, 8 + header_bytes, file_bytes)
+        except (ValueError, RecursionError) as error:
+            raise _corrupt(path, error) from error
+    if not isinstance(header, dict):
+        raise _corrupt(path, f"it is a {type(header).__name__}")
+    return header, 8 + header_bytes
+
+
+def _corrupt(path: Path, why: object) -> ValueError:
+    return ValueError(f"{path} has a corrupt safetensors header ({why}); fetch or save it again.")
 
 
 def _parse_entry(path: Path, name: str, entry: dict, data_start: int) -> StoredTensor:

@@ -180,9 +180,13 @@ def megatron_to_hf(rows: Iterable[Row], tensors: Mapping[str, Mosaic]) -> dict[s
 def hf_to_megatron(rows: Iterable[Row], tensors: Mapping[str, Mosaic]) -> dict[str, Mosaic]:
     """The inverse of `megatron_to_hf`."""
     rows = list(rows)
-    wanted = {name: (row.shape[0] // len(row.hf), *row.shape[1:]) for row in rows for name in row.hf}
-    _account(wanted, tensors, "Hugging Face")
+    _account(hf_shapes(rows), tensors, "Hugging Face")
     return {row.megatron: row.to_megatron(tensors) for row in rows}
+
+
+def hf_shapes(rows: Iterable[Row]) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor of the table and its shape."""
+    return {name: (row.shape[0] // len(row.hf), *row.shape[1:]) for row in rows for name in row.hf}
 
 
 def _account(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Mosaic], whose: str) -> None:
