@@ -55,10 +55,7 @@ def pages() -> dict[str, str]:
 
 
 def on_config(config):
-    """Behind the pages that mkdocs.yml orders: all others of docs/, then the reference."""
-    docs = Path(config.docs_dir)
-    written = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
-    config.nav.append({"Features": sorted(written - set(listed(config.nav)))})
+    """The reference, behind the pages that mkdocs.yml orders."""
     made = pages()
     rooms = [{room: sorted((p for p in made if p.startswith(f"reference/{room}/")), key=index_first)} for room in ROOMS]
     config.nav.append({"Reference": rooms})
@@ -67,14 +64,6 @@ def on_config(config):
 
 def index_first(page: str) -> tuple[bool, str]:
     return not page.endswith("index.md"), page
-
-
-def listed(nav) -> list[str]:
-    """Every page in a navigation, whatever the depth."""
-    if isinstance(nav, str):
-        return [nav]
-    items = nav.values() if isinstance(nav, dict) else nav
-    return [page for item in items for page in listed(item)]
 
 
 def on_files(files, config):
