@@ -14,7 +14,7 @@ def four_bits():
 
 
 def eight_bits():
-    ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed (pip install 'axk1[interop]')")
+    ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     return TorchAoConfig(ao.Int8WeightOnlyConfig())
 
 
