@@ -13,6 +13,7 @@ EXAMPLES = {
   axk1 chat runs/nano/fused --think
   axk1 serve runs/nano/fused --port 8000
   axk1 merge THINKING NONTHINKING MERGED --alpha 0.8
+  axk1 pretrain recipes/k1_stages.yaml --data CURATED.jsonl --tokenizer DIR --scale 1e-9
   axk1 sft --config recipes/configs/sft_cpu.yaml
   axk1 rl --config recipes/configs/rl_cpu.yaml
   axk1 eval runs/nano/fused --tasks gsm8k_test.jsonl --modes think,no-think
@@ -21,6 +22,8 @@ EXAMPLES = {
   axk1 push MODEL ORG/NAME --dry-run
   axk1 plan --flops 2.548e24
   axk1 plan serve k1 --gpu h200
+  axk1 tokenizer train OUT --source ko=reviews.jsonl:0.6 --source code=src:0.4
+  axk1 curate run recipes/configs/curate.yaml
   axk1 info k1
 
 `axk1 COMMAND --help` says more. AXK1_DEBUG=1 (or --debug) shows the traceback of an error.""",
@@ -41,12 +44,17 @@ The thought comes back as `reasoning_content`, the answer as `content`.""",
 
 Each is a folder of safetensors, of any architecture. Memory does not grow with the model. Killed, or out of disk
 space: run the same command again, it goes on where it was.""",
+    "adapter": """examples:
+  axk1 adapter merge MODEL ADAPTER MERGED     W + scale x B A: a checkpoint without adapter, for everyone
+  axk1 adapter export ADAPTER FOR_VLLM        the routed experts' adapters one by one, as vLLM names them
+
+ADAPTER is what `axk1 sft --use_peft true` saved, or PEFT. MODEL is unquantised, also where the adapter was trained on a
+quantised one. Memory of a merge does not grow with the model. Killed: run the same command again, it goes on.""",
     "sft": """examples:
   axk1 sft --config recipes/configs/sft_cpu.yaml
   axk1 sft --config recipes/configs/sft_cpu.yaml --max_steps 50 --resume_from_checkpoint latest
   axk1 sft --model_name_or_path MODEL --dataset gsm8k_train.jsonl --pairing paired --output_dir OUT
-  axk1 sft --config FILE.yaml --use_peft true --lora_dropout 0 \\
-    --lora_target_parameters mlp.experts.gate_up_proj mlp.experts.down_proj    LoRA on the routed experts too
+  axk1 sft --config FILE.yaml --use_peft true --lora_targets attention shared routed --lora_dropout 0
   accelerate launch --config_file ACCELERATE.yaml -m axk1 sft --config recipes/configs/sft_8gpu.yaml
 
 Think-Fusion SFT on a Mode-Overlap Dataset: the same prompts with a thinking and with a direct answer. Settings are those
@@ -54,6 +62,20 @@ of ThinkFusionConfig (TRL's SFTConfig and more), of TRL's ModelConfig (LoRA, dty
   --dataset       .jsonl or .parquet file, folder or Hub name: Mode-Overlap rows, or question and answer as in GSM8K
   --test_dataset  prompts that must not occur in training; a few of them are answered in both modes while it runs
 A flag overrides the YAML file's value. `axk1 sft --all-settings` lists them all. --push_to_hub pushes at the end.""",
+    "pretrain": """examples:
+  axk1 pretrain recipes/k1_stages.yaml --data CURATED.jsonl --model nano --tokenizer DIR --scale 1e-9
+  axk1 pretrain STAGES.yaml --data 'curated/*.jsonl' --model PLANNED --tokenizer DIR --output_dir runs/pretrain
+  axk1 pretrain STAGES.yaml ... --optimizer muon --recompute selective --on_spike rollback --bf16 true
+  torchrun --nproc_per_node 8 -m axk1 pretrain STAGES.yaml ...      see recipes/launch for Slurm
+
+STAGES.yaml is a table: tokens, context ramp, mixture, learning-rate phase and order of each stage; recipes/k1_stages.yaml shows
+all of it. Its `model`, `tokenizer` and `settings` are overridden by flags. Settings are those of PretrainConfig
+(TrainingArguments and more) and
+  --data       JSONL (text, metadata.domain, metadata.difficulty), Parquet or text; for sources that list no files of their own
+  --model      nano, light, k1, a folder with a config.json (`axk1 plan --config` writes one), or a model to go on with
+  --scale      all token counts times this; contexts and batches shrink where a level would hold no row
+`axk1 pretrain --all-settings` lists them all. Killed? The same command goes on, to the same numbers; SIGTERM saves first.
+For Megatron: axk1 convert to-megatron OUTPUT_DIR CHECKPOINT.""",
     "eval": """examples:
   axk1 eval MODEL --tasks gsm8k_test.jsonl --modes think,no-think --out runs/eval
   axk1 eval MODEL --tasks reasoning-gym:color_cube_rotation --limit 200 --max-new-tokens 512
@@ -111,6 +133,26 @@ With --days alone, throughput and model are sought together and may settle a lay
   axk1 plan serve MODEL --gpu h100 --json
 
 Memory only: weights, one layer's activations, and the cache of latents. Every figure shows its formula.""",
+    "tokenizer": """examples:
+  axk1 tokenizer train OUT --source ko=reviews.jsonl:0.4 --source en=books/:0.4 --source 'code=src/**/*.py:0.2'
+  axk1 tokenizer train OUT --source en=web.parquet:1 --vocab-size 32768 --sample-gb 1
+  axk1 tokenizer compare OUT OTHER --texts ko=reviews.jsonl en=heldout.txt
+
+A byte-level BPE that gives back any text exactly: digits one by one, runs of blanks kept, the chat template of both modes.
+A source is a file, folder or pattern of .jsonl, .parquet, .warc (also compressed) or plain text, its share that of the sample.
+Memory grows with the sample, not with the files. What cannot be read is counted in OUT/report.json.""",
+    "curate": """examples:
+  axk1 curate train-classifier runs/domain --data labelled.jsonl --label-key domain
+  axk1 curate train-classifier runs/difficulty --data labelled.jsonl --label-key level --order easy,medium,hard
+  axk1 curate train-classifier runs/quality --data labelled.jsonl --label-key quality --order bad,good --base MODEL
+  axk1 curate eval-classifier runs/domain --data other.jsonl --label-key domain
+  axk1 curate synthesize made.jsonl --topics topics.txt --server http://localhost:8000/v1 --model NAME --language Korean
+  axk1 curate synthesize made.jsonl --seeds documents.jsonl --model FOLDER
+  axk1 curate run recipes/configs/curate.yaml
+
+A recipe reads JSONL, Parquet, text and WARC, filters, classifies, removes duplicates and evaluation sets, and draws a mixture, on
+this machine or on Slurm; documents/*.jsonl then go from simple to hard, report.html says what was dropped and why. Needs
+axk1[curation]. Killed? Run the same command again.""",
     "info": """examples:
   axk1 info k1                 one of the presets: k1, light, nano
   axk1 info runs/nano/fused --context 4096""",
@@ -156,6 +198,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_serve(commands)
     _add_merge(commands)
+    _add_adapter(commands)
+    _add_training(commands, "pretrain", pretrain, "pre-train in stages, by a table", "STAGES.yaml ")
     _add_training(commands, "sft", sft, "fine-tune a model in both modes (Think-Fusion)")
     _add_training(commands, "rl", rl, "train both modes by reinforcement (DAPO with GSPO's ratio)")
     _add_eval(commands)
@@ -163,6 +207,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_push(commands)
     _add_plan(commands)
+    _add_tokenizer(commands)
+    _add_curate(commands)
     _add_info(commands)
     return parser
 
@@ -223,9 +269,22 @@ def _add_merge(commands) -> None:
     command.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of an output file (default 5)")
 
 
-def _add_training(commands, name: str, run, summary: str) -> None:
+def _add_adapter(commands) -> None:
+    summary = "merge a LoRA adapter into its model, or write it as vLLM reads it"
+    directions = _add_command(commands, "adapter", None, summary).add_subparsers(metavar="DIRECTION", required=True)
+    command = _add_command(directions, "merge", adapter_merge, "write the model with the adapter in it", "adapter")
+    command.add_argument("model_dir", metavar="MODEL", type=Path, help="folder of safetensors; never changed")
+    command.add_argument("adapter_dir", metavar="ADAPTER", type=Path)
+    command.add_argument("out_dir", metavar="OUT", type=Path, help="written whole or not at all")
+    command.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of an output file (default 5)")
+    command = _add_command(directions, "export", adapter_export, "write the adapter expert by expert", "adapter")
+    command.add_argument("adapter_dir", metavar="ADAPTER", type=Path)
+    command.add_argument("out_dir", metavar="OUT", type=Path)
+
+
+def _add_training(commands, name: str, run, summary: str, first: str = "[--config FILE.yaml] ") -> None:
     command = _add_command(commands, name, run, summary)
-    command.usage = f"axk1 {name} [--config FILE.yaml] [--SETTING VALUE ...]"
+    command.usage = f"axk1 {name} {first}[--SETTING VALUE ...]"
     # A setting that begins like one of ours must not be taken for it.
     command.allow_abbrev = False
     command.add_argument("--all-settings", action="store_true", help="list every setting")
@@ -345,7 +404,9 @@ def _add_doctor(commands) -> None:
 
 
 def _add_push(commands) -> None:
-    command = _add_command(commands, "push", push, "send a model to the Hub, with a card from config, recipe and results")
+    command = _add_command(
+        commands, "push", push, "send a model to the Hub, with a card from config, recipe and results"
+    )
     command.add_argument("model", metavar="MODEL", type=Path, help="folder of an A.X K1 model; never changed")
     command.add_argument("repo", metavar="REPO", help="ORG/NAME; made if it is not there")
     command.add_argument("--dry-run", action="store_true", help="show files, bytes and card; send nothing")
@@ -365,9 +426,15 @@ def _add_plan(commands) -> None:
     command.add_argument("--days", type=float, metavar="N", help="the budget as --gpus for N days")
     command.add_argument("--gpus", type=int, default=1024, metavar="N", help="GPUs of the cluster (default 1024)")
     command.add_argument("--gpu", default="h200", help="a100, h100, h800, h200 or b200 (default h200)")
-    command.add_argument("--tflops", type=float, metavar="X", help="sustained by each GPU, with --days (default: modelled)")
     command.add_argument(
-        "--tokens-per-parameter", type=float, default=20.0, metavar="R", help="a total parameter (default 20: Chinchilla)"
+        "--tflops", type=float, metavar="X", help="sustained by each GPU, with --days (default: modelled)"
+    )
+    command.add_argument(
+        "--tokens-per-parameter",
+        type=float,
+        default=20.0,
+        metavar="R",
+        help="a total parameter (default 20: Chinchilla)",
     )
     command.add_argument("--json", action="store_true", help="print every figure as JSON")
     command.add_argument("--config", type=Path, metavar="DIR", help="write the planned model's config.json there")
@@ -380,8 +447,80 @@ def _add_plan(commands) -> None:
     serving.add_argument("--json", action="store_true", help="print every figure as JSON")
 
 
+def _add_tokenizer(commands) -> None:
+    summary = "train a tokenizer, or compare how well several compress"
+    actions = _add_command(commands, "tokenizer", None, summary).add_subparsers(metavar="ACTION", required=True)
+
+    command = _add_command(actions, "train", tokenizer_train, "learn a byte-level BPE", "tokenizer")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write, whole or not at all")
+    command.add_argument(
+        "--source", action="append", required=True, metavar="NAME=PATH:SHARE", help="repeat; shares sum to 1"
+    )
+    # A.X K1's: 5 x 2^15.  [tech report]
+    command.add_argument("--vocab-size", type=int, default=163_840, metavar="N", help="default 163840; 128 divides it")
+    command.add_argument("--reserved", type=int, default=64, metavar="N", help="spare special tokens (default 64)")
+    command.add_argument("--sample-gb", type=float, default=5.0, metavar="GB", help="learn from so much (default 5)")
+    command.add_argument("--text-key", default="text", metavar="KEY", help="column of JSONL and Parquet (default text)")
+
+    command = _add_command(actions, "compare", tokenizer_compare, "count tokens and bytes per token", "tokenizer")
+    command.add_argument("tokenizers", nargs="+", metavar="TOKENIZER", help="folder of any tokenizer")
+    command.add_argument("--texts", nargs="+", required=True, metavar="NAME=PATH", help="by language")
+    command.add_argument("--limit", type=int, default=1000, metavar="N", help="documents each (default 1000)")
+    command.add_argument("--text-key", default="text", metavar="KEY", help="column of JSONL and Parquet (default text)")
+    command.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _add_curate(commands) -> None:
+    summary = "turn raw files into a training mixture"
+    actions = _add_command(commands, "curate", None, summary).add_subparsers(metavar="ACTION", required=True)
+
+    command = _add_command(actions, "run", curate_run, "run a recipe, or go on with it", "curate")
+    command.add_argument("recipe", metavar="RECIPE.yaml", type=Path, help="see recipes/configs/curate.yaml")
+
+    command = _add_command(
+        actions, "train-classifier", curate_train, "train, calibrate and judge a text classifier", "curate"
+    )
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write, whole or not at all")
+    _add_labelled(command)
+    command.add_argument("--order", metavar="A,B,C", help="labels from lowest to highest (default: sorted)")
+    command.add_argument("--base", metavar="MODEL", help="fine-tune this Transformers model (default: a linear one)")
+    command.add_argument("--epochs", type=float, metavar="N", help="with --base (default 3)")
+    command.add_argument("--learning-rate", type=float, metavar="X", help="with --base (default 2e-5)")
+
+    command = _add_command(actions, "eval-classifier", curate_eval, "judge a text classifier", "curate")
+    command.add_argument("classifier", metavar="CLASSIFIER", type=Path, help="folder of one")
+    _add_labelled(command)
+
+    command = _add_command(actions, "synthesize", curate_synthesize, "write documents from seeds or topics", "curate")
+    command.add_argument("out", metavar="OUT.jsonl", type=Path, help="appended to; what is there is not asked again")
+    origin = command.add_mutually_exclusive_group(required=True)
+    origin.add_argument("--seeds", metavar="PATH", help="documents to say anew")
+    origin.add_argument("--topics", type=Path, metavar="FILE", help="a topic a line")
+    command.add_argument("--server", metavar="URL", help="OpenAI-compatible (default: load MODEL here)")
+    command.add_argument("--model", required=True, metavar="MODEL", help="the server's name for it, or a folder")
+    command.add_argument("--language", default="English", help="of the documents (default English)")
+    command.add_argument(
+        "--forms", type=int, default=1, metavar="N", help="documents for each seed or topic (default 1)"
+    )
+    command.add_argument("--text-key", default="text", metavar="KEY", help="column of the seeds' text (default text)")
+    command.add_argument("--max-tokens", type=int, default=2048, metavar="N", help="a document's limit (default 2048)")
+    command.add_argument("--temperature", type=float, default=0.8, metavar="T", help="default 0.8; 0 is greedy")
+    command.add_argument("--workers", type=int, default=8, metavar="N", help="requests at a time (default 8)")
+    command.add_argument("--seed", type=int, default=0, help="of forms and sampling (default 0)")
+
+
+def _add_labelled(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data", nargs="+", required=True, metavar="PATH", help="JSONL or Parquet with texts and labels"
+    )
+    command.add_argument("--label-key", default="label", metavar="KEY", help="column of the label (default label)")
+    command.add_argument("--text-key", default="text", metavar="KEY", help="column of the text (default text)")
+
+
 def _add_info(commands) -> None:
-    command = _add_command(commands, "info", info, "print a model's dimensions, parameters and FLOPs")
+    command = _add_command(
+        commands, "info", info, "print a model's dimensions, parameters, FLOPs and the cards that hold it"
+    )
     command.add_argument("model", metavar="MODEL", help="k1, light, nano, or a folder with a config.json")
     command.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of context (default 4096)")
 
@@ -416,6 +555,26 @@ def merge(
             continue
         merge_checkpoints(thinking_dir, nonthinking_dir, target, alpha=weight, shard_bytes=int(shard_gb * 1e9))
         print(f"wrote {target}: {weight:g} x {thinking_dir} + {1 - weight:g} x {nonthinking_dir}")
+
+
+def adapter_merge(model_dir: Path, adapter_dir: Path, out_dir: Path, shard_gb: float) -> None:
+    from conversion import merge_adapter
+
+    merge_adapter(model_dir, adapter_dir, out_dir, shard_bytes=int(shard_gb * 1e9))
+    print(f"wrote {out_dir}: {model_dir} with {adapter_dir} in it")
+
+
+def adapter_export(adapter_dir: Path, out_dir: Path) -> None:
+    from conversion import export_adapter
+
+    warnings = export_adapter(adapter_dir, out_dir)
+    print(f"wrote {out_dir}: {adapter_dir}, expert by expert", *warnings, sep="\n")
+
+
+def pretrain(settings: list[str], all_settings: bool) -> None:
+    from trainers.pretrain_run import run_pretrain
+
+    run_pretrain(["STAGES.yaml", "--help"] if all_settings else settings)
 
 
 def sft(settings: list[str], all_settings: bool) -> None:
@@ -547,6 +706,50 @@ def plan_serve(model: str, gpu: str | None, context: int | None, batch: int, jso
     print(json_of_serving(ways) if json else text_of_serving(config, ways, **asked))
 
 
+def tokenizer_train(**options) -> None:
+    from trainers.tokenizer_training import run_train
+
+    run_train(**options)
+
+
+def tokenizer_compare(json: bool, **options) -> None:
+    from json import dumps
+
+    from trainers import report
+    from trainers.tokenizer_training import compare, shown
+
+    rows = compare(**options)
+    print(dumps(rows, indent=2, ensure_ascii=False) if json else report.text_table([shown(row) for row in rows]))
+
+
+def curate_run(recipe: Path) -> None:
+    from trainers.curation import run_curation
+
+    run_curation(recipe)
+
+
+def curate_train(epochs: float | None, learning_rate: float | None, **options) -> None:
+    from trainers.text_classifier import run_train
+
+    given = {"epochs": epochs, "learning_rate": learning_rate}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if settings and not options["base"]:
+        raise ValueError(f"{', '.join(settings)} belong to a Transformers model; name it by --base.")
+    run_train(**options, settings=settings)
+
+
+def curate_eval(**options) -> None:
+    from trainers.text_classifier import run_eval
+
+    run_eval(**options)
+
+
+def curate_synthesize(**options) -> None:
+    from trainers.synthesis import run_synthesize
+
+    run_synthesize(**options)
+
+
 def _config(model: str):
     """Of a folder, or of a preset."""
     from modeling_axk1 import AxK1Config
@@ -557,6 +760,8 @@ def _config(model: str):
 
 def info(model: str, context: int) -> None:
     from modeling_axk1 import count_flops, count_parameters
+    from modeling_axk1.quantization_axk1 import cards_table
+    from trainers.report import text_table
 
     config = _config(model)
     parameters = count_parameters(config)
@@ -570,6 +775,8 @@ def info(model: str, context: int) -> None:
     prefill = count_flops(config, queries=context)["total"]
     decode = count_flops(config, queries=1, keys=context, absorbed=True)["total"]
     print(f"FLOPs at {context:,} tokens: prefill {prefill:.4g}, one decoded token {decode:.4g}")
+    print("\nCards that hold the weights, layer by layer, and the tokens that they then have room to cache:")
+    print(text_table(cards_table(config)))
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def _tokenizer_difference(a: Path, b: Path) -> str:
         return ""
     if a.name != "tokenizer.json":
         return a.name
-    left, right = _read_json(a), _read_json(b)
+    left, right = read_json(a), read_json(b)
     parts = [key for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)]
     parts = [key for key in parts if key not in TOKENIZER_STATE]
     return f"{a.name} ({', '.join(parts)}{_vocabulary_difference(left, right)})" if parts else ""
@@ -192,7 +192,7 @@ def _vocabulary_difference(left: dict, right: dict) -> str:
 
 def check_configs(thinking_dir: Path, nonthinking_dir: Path) -> None:
     """Warn of configs that differ, as the thinking model's is taken; ValueError where the weights are quantised."""
-    configs = [_read_json(folder / "config.json") for folder in (thinking_dir, nonthinking_dir)]
+    configs = [read_json(folder / "config.json") for folder in (thinking_dir, nonthinking_dir)]
     for folder, config in zip((thinking_dir, nonthinking_dir), configs, strict=True):
         if "quantization_config" in config:
             raise ValueError(f"{folder} is quantised: packed weights have no linear merge; merge the bf16 weights.")
@@ -206,7 +206,7 @@ def check_configs(thinking_dir: Path, nonthinking_dir: Path) -> None:
         warnings.warn(f"The configs differ, the thinking model's is kept: {listed(differing)}.", stacklevel=3)
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     if not path.exists():
         return {}
     try:

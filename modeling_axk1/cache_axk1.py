@@ -84,3 +84,13 @@ def grow_in_place(cache: Cache) -> None:
             cache.layers[i] = GrowingLayer()
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = GrowingLayer
+
+
+def keep_slots(cache: Cache, slots_BW: Tensor) -> None:
+    """Keep of each row the W cached tokens at these places, in this order; every filled layer must be a dynamic one."""
+    for layer in cache.layers:
+        if layer.get_seq_length():
+            layer.keys, layer.values = (
+                states.take_along_dim(slots_BW.to(states.device)[:, None, :, None], dim=2)
+                for states in (layer.keys, layer.values)
+            )

@@ -84,15 +84,25 @@ class AxK1Config(PreTrainedConfig):
     post_mlp_norm: RMSNorm on the MoE output, the second half of "dual normalization" [paper]; False is for experiments,
         neither stock transformers nor vLLM can run it.
     router_aux_loss_coef: weight of the sequence-wise balance loss [DeepSeek-V3, eq. 17-20]; 0.0 switches it off.
-    num_nextn_predict_layers: multi-token-prediction layers in the checkpoint; the release ships none.
+    num_nextn_predict_layers: multi-token-prediction layers in the checkpoint; the release ships none. Where the file asks for
+        them and holds no weight of theirs, `from_pretrained` warns and sets 0: they are never left random.
+    mtp_loss_weight: of the mean over those layers of their loss [DeepSeek-V3, 4.2: 0.3, later 0.1; see mtp_weight].
+    fused_linear_loss: take the loss in chunks of tokens and give no logits while training (`skip_logits=False` asks for
+        them). Off by default, because TRL's trainers read the logits of a training step; for pre-training switch it on.
 
     Raises ValueError, one sentence, for values that no checkpoint can have.
     """
 
     model_type = "axk1"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "mtp_loss"]
     attribute_map = {"num_local_experts": "n_routed_experts"}
+    # Heads over ranks, which stock's plan for axk1 leaves whole: the two up-projections by rows, the output by columns. The
+    # down-projections to the latents are small and stay on every rank; "mla_kv_a_proj" adds up the shared key's gradient.
     base_model_tp_plan = {
+        "layers.*.self_attn.q_b_proj": "colwise",
+        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+        "layers.*.self_attn.kv_b_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
@@ -140,6 +150,8 @@ class AxK1Config(PreTrainedConfig):
     mlp_layer_types: list[str] | None = None
     post_mlp_norm: bool = True  # paper, "dual normalization"
     num_nextn_predict_layers: int | None = 0
+    mtp_loss_weight: float = 0.3  # DeepSeek-V3, section 4.2; the paper gives none
+    fused_linear_loss: bool = False
     router_aux_loss_coef: float = 0.0
     output_router_logits: bool = False
     hidden_act: str = "silu"
@@ -313,6 +325,8 @@ def compatibility_warnings(config: AxK1Config) -> list[str]:
 def count_parameters(config: AxK1Config) -> dict[str, int]:
     """Exact parameter counts by part, with `total` and `active`; router biases are buffers and not counted.
 
+    Multi-token-prediction layers are the part `mtp`, where the configuration has any.
+
     `active` is `total` minus the routed experts that a token does not visit (embedding and head counted whole).
     """
     hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
@@ -339,8 +353,15 @@ def count_parameters(config: AxK1Config) -> dict[str, int]:
         "shared_experts": sparse * config.n_shared_experts * expert,
         "routed_experts": sparse * config.n_routed_experts * expert,
     }
+    predicting, sparse_predicting = config.num_nextn_predict_layers, 0
+    if predicting:
+        sparse_predicting = predicting * (config.mlp_layer_types[-1] == "sparse")
+        mlp = 3 * hidden * config.intermediate_size
+        if sparse_predicting:
+            mlp = config.n_routed_experts * (hidden + expert) + config.n_shared_experts * expert
+        parts["mtp"] = predicting * (attention + layer_norms + mlp + 2 * hidden * hidden + 3 * hidden)
     total = sum(parts.values())
-    unvisited = sparse * (config.n_routed_experts - config.num_experts_per_tok) * expert
+    unvisited = (sparse + sparse_predicting) * (config.n_routed_experts - config.num_experts_per_tok) * expert
     return {**parts, "total": total, "active": total - unvisited}
 
 
@@ -353,12 +374,13 @@ def count_flops(
     absorbed: bool = False,
     logits: int | None = None,
     backward: bool = False,
+    mtp: bool = False,
 ) -> dict[str, int]:
     """Exact matmul FLOPs (2 a multiply-add) of one forward pass by part, with `total`; backward doubles on top.
 
     queries: new tokens a row; keys: tokens attended a row, cached ones included (default: queries). The attention core is
     counted whole, masked half included, as it is computed without a causal kernel. absorbed: the decode form of MLA.
-    logits: positions a row that reach the head (default: all).
+    logits: positions a row that reach the head (default: all). mtp: count the multi-token-prediction layers and their logits too.
     """
     keys = queries if keys is None else keys
     logits = queries if logits is None else logits
@@ -382,6 +404,13 @@ def count_flops(
         "routed_experts": 2 * sparse * tokens * config.num_experts_per_tok * expert,
         "lm_head": 2 * batch * logits * hidden * config.vocab_size,
     }
+    if mtp and config.num_nextn_predict_layers:
+        # A layer of the last one's kind, the joining projection, the head once more.
+        kind = ("shared_experts", "routed_experts", "router") if config.mlp_layer_types[-1] == "sparse" else ("dense_mlp",)
+        block = sum(parts[name] // layers for name in ("attention_projections", "latent_expansion", "attention_core"))
+        block += sum(parts[name] // config.mlp_layer_types.count(config.mlp_layer_types[-1]) for name in kind)
+        join = 2 * tokens * 2 * hidden * hidden
+        parts["mtp"] = config.num_nextn_predict_layers * (block + join + parts["lm_head"])
     if backward:
         parts = {name: 3 * flops for name, flops in parts.items()}
     return {**parts, "total": sum(parts.values())}

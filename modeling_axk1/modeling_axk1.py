@@ -8,6 +8,7 @@ T = B * Q tokens, K experts a token, E routed experts, G groups, H hidden.
 
 import math
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import initialization as init
@@ -26,21 +28,28 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_axk1 import grow_in_place
 from .configuration_axk1 import AxK1Config
+from .fp8_axk1 import fp8_experts_forward
 from .generation_axk1 import ThinkingGenerationMixin
+from .loss_axk1 import fused_causal_lm_loss, next_token_targets
 from .mla_kernels import attend_latents_op, takes
 from .moe_dispatch import axk1_experts_forward, missing_for_kernels, route_op
+from .mtp_axk1 import AxK1CausalLMOutput, DraftingGenerationMixin, mtp_targets
+from .quantization_axk1 import QuantizesExperts
+
+logger = logging.get_logger(__name__)
 
 # Registered here and not in __init__.py, which a Hub folder with remote code never runs.
 ALL_EXPERTS_FUNCTIONS.register("axk1", axk1_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register("axk1_fp8", fp8_experts_forward)
 # Separate experts on disk, fused in memory, by the very mapping of stock transformers: registered once more, because
 # transformers withholds it from classes that live outside its own package.
 register_checkpoint_conversion_mapping("axk1", get_checkpoint_conversion_mapping("axk1"), overwrite=True)
@@ -210,16 +219,23 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the module computes x @ weight.T with the weight as it stands: no adapter, quantisation, shard, hook, offload."""
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) in (nn.Parameter, Tensor)
-        and module.bias is None
-        and "forward" not in module.__dict__  # accelerate's hooks replace it on the instance
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-    )
+def matrix_of(module: nn.Module) -> Tensor | None:
+    """This rank's rows of the W in module(x) = x @ W.T, or None if it does more: adapter, quantisation, hook, offload.
+
+    Under transformers' tensor parallelism ("colwise") these are the rows of the rank's own heads, without gradient only: with
+    one, the latents' is a sum over ranks, which the module itself makes.
+    """
+    if type(module) is not nn.Linear or module.bias is not None:
+        return None
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return None
+    weight = module.weight
+    if isinstance(weight, DTensor):
+        mine = weight.placements == (Shard(0),) and weight.device_mesh.mesh_dim_names == ("tp",)
+        return weight.to_local() if mine and not torch.is_grad_enabled() else None
+    # accelerate's hooks replace it on the instance
+    plain = type(weight) in (nn.Parameter, Tensor) and "forward" not in module.__dict__
+    return weight if plain else None
 
 
 class AxK1Attention(nn.Module):
@@ -290,7 +306,8 @@ class AxK1Attention(nn.Module):
         """Keys and values for every head from every latent, then any attention function of transformers."""
         B, _, S, _ = latent_B1SL.shape
         query = self.queries(q_latent, position_embeddings)
-        expanded = self.kv_b_proj(latent_B1SL).view(B, S, -1, self.nope + self.value).transpose(1, 2)
+        # Three axes: on CPU, bitsandbytes' 8-bit layers take no more.
+        expanded = self.kv_b_proj(latent_B1SL[:, 0]).view(B, S, -1, self.nope + self.value).transpose(1, 2)
         k_nope, value = expanded.split([self.nope, self.value], dim=-1)
         key = torch.cat((k_nope, k_rope_B1SD.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -301,7 +318,7 @@ class AxK1Attention(nn.Module):
 
     def absorbs(self, queries: int, keys: int, attention_mask) -> bool:
         """Whether the absorbed form gives the same result here, and cheaper: multiply-adds a head counted for both forms."""
-        if not is_plain_linear(self.kv_b_proj) or (self.training and self.attention_dropout):
+        if matrix_of(self.kv_b_proj) is None or (self.training and self.attention_dropout):
             return False
         # Several queries with no mask, or a padding mask alone, lean on the attention function's own idea of causality.
         spells_out = isinstance(attention_mask, BlockMask) or (attention_mask is not None and attention_mask.dim() == 4)
@@ -318,14 +335,16 @@ class AxK1Attention(nn.Module):
         B, N, Q, _ = query.shape
         q_nope, q_rope = query.split([self.nope, self.rope], dim=-1)
         latent_BSL, k_rope_BSD = latent_B1SL[:, 0], k_rope_B1SD[:, 0]
-        up_NDL = self.kv_b_proj.weight.view(N, self.nope + self.value, -1)
+        up_NDL = matrix_of(self.kv_b_proj).view(N, self.nope + self.value, -1)
         w_key, w_value = up_NDL.split([self.nope, self.value], dim=1)
         q_absorbed = q_nope @ w_key
         eager = self.config._attn_implementation == "eager"
         if Q == 1 and not eager and steps_on_kernels(q_absorbed, q_rope, latent_BSL, k_rope_BSD):
             mask = spelled_out(attention_mask, latent_BSL)
             mask_BS = None if mask is None else mask[:, 0, -1].expand(B, -1)
-            context = attend_latents_op(q_absorbed[:, :, 0], q_rope[:, :, 0], latent_BSL, k_rope_BSD, mask_BS, self.scaling)
+            context = attend_latents_op(
+                q_absorbed[:, :, 0], q_rope[:, :, 0], latent_BSL, k_rope_BSD, mask_BS, self.scaling
+            )
             return (context[:, :, None] @ w_value.mT).transpose(1, 2), None
         q_absorbed = q_absorbed.reshape(B, N * Q, -1)
         # The long matrix on the left: with it transposed on the right, CPU matmuls take up to twice as long.
@@ -444,7 +463,9 @@ class AxK1TopkRouter(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns logits [T, E] fp32, routing weights [T, K] fp32 and expert ids [T, K] int64."""
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits_TE = F.linear(hidden_TH.to(torch.float32), self.weight.to(torch.float32))
+        # Autocast would take the fp32 inputs for a reason to compute in bf16.
+        with torch.autocast(hidden_TH.device.type, enabled=False):
+            logits_TE = F.linear(hidden_TH.to(torch.float32), self.weight.to(torch.float32))
         if missing_for_kernels(logits_TE.device):
             scores_TE = logits_TE.sigmoid()
             expert_TK = self.choose(scores_TE.detach())
@@ -594,6 +615,27 @@ class AxK1DecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(mlp_input)
 
 
+class AxK1MTPLayer(AxK1DecoderLayer):
+    """Multi-token prediction: one decoder layer over hidden states joined with the next tokens' embeddings.  [DeepSeek-V3, 2.2]
+
+    The last of `model.layers`, under the names of released DeepSeek checkpoints. Embedding and head are the model's own.
+    """
+
+    def __init__(self, config: AxK1Config, depth: int):
+        # A block of the last layer's kind, as Megatron has it.
+        super().__init__(config, config.num_hidden_layers - 1)
+        self.self_attn.layer_idx = depth  # in a cache of its own
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm, self.hnorm = AxK1RMSNorm(hidden, eps), AxK1RMSNorm(hidden, eps)
+        self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+        self.shared_head = nn.ModuleDict({"norm": AxK1RMSNorm(hidden, eps)})
+
+    def forward(self, hidden_states: Tensor, next_embeds: Tensor, **kwargs) -> Tensor:
+        """Both [B, Q, H]; returns [B, Q, H] for the head, and for the next such layer."""
+        joined = torch.cat([self.enorm(next_embeds), self.hnorm(hidden_states)], dim=-1)
+        return self.shared_head["norm"](super().forward(self.eh_proj(joined), **kwargs))
+
+
 def move_post_mlp_norm(layer, state_dict, prefix, *_) -> None:
     """On disk the MoE output norm stands beside the mlp, in memory inside it (as stock transformers has it)."""
     on_disk = f"{prefix}post_mlp_layernorm.weight"
@@ -639,12 +681,12 @@ def damaged_file(folder: str | os.PathLike) -> str:
     return str(folder)
 
 
-class AxK1PreTrainedModel(PreTrainedModel):
+class AxK1PreTrainedModel(QuantizesExperts, PreTrainedModel):
     config_class = AxK1Config
     config: AxK1Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["AxK1DecoderLayer"]
+    _no_split_modules = ["AxK1DecoderLayer", "AxK1MTPLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -679,6 +721,31 @@ class AxK1PreTrainedModel(PreTrainedModel):
                 f"{missing[0]} the first; use the config.json that belongs to these weights, or the class that saved them."
             )
         return (model, info) if output_loading_info else model
+
+    def _resolve_parallel_plans(self, distributed_config):
+        """As transformers', but a tensor-parallel size that would cut through a head is refused."""
+        plans = super()._resolve_parallel_plans(distributed_config)
+        heads, ranks = self.config.num_attention_heads, distributed_config.tp_size
+        if heads % ranks and any(name.endswith("self_attn.q_b_proj") for name in plans[0]):
+            raise ValueError(f"tp_size={ranks} does not divide num_attention_heads={heads}; use a divisor.")
+        return plans
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As transformers', but each pipeline stage counts its layers from 0.
+
+        Masks and positions follow layer 0 of the cache, which else only the first stage fills.
+        """
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        held = [module for module in model.modules() if isinstance(module, AxK1Attention)]
+        for layer_idx, attention in enumerate(held):
+            attention.layer_idx = layer_idx
+        return model
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs) -> None:
+        """Before transformers would give missing weights random values: no file holds prediction layers, so neither do we."""
+        missing_keys = set(missing_keys) - drop_absent_mtp_layers(self, set(missing_keys))
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation("axk1" if requested_experts is None else requested_experts)
@@ -716,12 +783,31 @@ class AxK1PreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
 
 
+def drop_absent_mtp_layers(model: AxK1PreTrainedModel, missing_keys: set[str]) -> set[str]:
+    """Remove the multi-token-prediction layers if all their weights are missing, with a warning; returns their names."""
+    base, layers = model.base_model, model.config.num_hidden_layers
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    places = [f"layers.{layers + depth}." for depth in range(len(base.mtp_layers))]
+    names = {name for name, _ in model.named_parameters() if name.startswith(tuple(prefix + at for at in places))}
+    if not names or not names <= missing_keys:
+        return set()
+    logger.warning(
+        f"num_nextn_predict_layers={len(places)} but the checkpoint holds no weight of such a layer: multi-token prediction "
+        "is off and the loaded configuration says 0."
+    )
+    del base.layers[layers:]
+    model.config.num_nextn_predict_layers = 0
+    model._keys_to_ignore_on_load_missing.update(re.escape(prefix + at) for at in places)
+    return {key for key in missing_keys if key.startswith(tuple(prefix + at for at in places))}
+
+
 class AxK1Model(AxK1PreTrainedModel):
     def __init__(self, config: AxK1Config):
         super().__init__(config)
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([AxK1DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.layers.extend(AxK1MTPLayer(config, depth) for depth in range(config.num_nextn_predict_layers))
         self.norm = AxK1RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = AxK1RotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -754,6 +840,14 @@ class AxK1Model(AxK1PreTrainedModel):
             grow_in_place(past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        placed = self.place(inputs_embeds, attention_mask, position_ids, past_key_values)
+        hidden_states = inputs_embeds
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(hidden_states, use_cache=use_cache, **placed, **kwargs)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def place(self, inputs_embeds: Tensor, attention_mask, position_ids: Tensor | None, past_key_values) -> dict:
+        """What every layer needs to know of where the tokens stand: mask, positions, angles, cache."""
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
@@ -764,19 +858,36 @@ class AxK1Model(AxK1PreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = layer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return {
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+        }
+
+    @property
+    def mtp_layers(self) -> nn.ModuleList:
+        return self.layers[self.config.num_hidden_layers :]
+
+    def predict_next(
+        self,
+        depth: int,
+        hidden_states: Tensor,
+        next_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """What the head reads [B, Q, H] to predict the token `depth` + 2 places on, by multi-token-prediction layer `depth`.
+
+        hidden_states: `last_hidden_state` for depth 0, else what depth - 1 returned. next_embeds: of the token depth + 1 on.
+        past_key_values: a cache of the prediction layers' own.
+        """
+        if past_key_values is not None:
+            grow_in_place(past_key_values)
+        placed = self.place(next_embeds, attention_mask, position_ids, past_key_values)
+        return self.mtp_layers[depth](hidden_states, next_embeds, **placed, **kwargs)
 
 
 def sequence_balance_loss(logits_BQE: Tensor, expert_BQK: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -798,7 +909,7 @@ def sequence_balance_loss(logits_BQE: Tensor, expert_BQK: Tensor, attention_mask
     return (fraction_BE * share_BE).sum(dim=-1).mean()
 
 
-class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin):
+class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin, DraftingGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -822,33 +933,47 @@ class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        mtp_loss_weight: float | None = None,
         **kwargs,
-    ) -> MoeCausalLMOutputWithPast:
-        """Logits [B, Q or logits_to_keep, vocab]; with `labels`, the loss, to which `router_aux_loss_coef` adds `aux_loss`."""
+    ) -> AxK1CausalLMOutput:
+        """Logits [B, Q or logits_to_keep, vocab]; with `labels`, the loss, to which `router_aux_loss_coef` adds `aux_loss`.
+
+        Multi-token-prediction layers add `mtp_loss` times `mtp_loss_weight` (default: the configuration's), unless the cache
+        holds tokens already, whose hidden states they would need. skip_logits (default: the configuration's
+        `fused_linear_loss` while training on labels) takes the losses in chunks of tokens and returns no logits.
+        """
+        fused = self.config.fused_linear_loss if skip_logits is None else skip_logits
+        if skip_logits is None:
+            skip_logits = fused and self.training and labels is not None
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits=True leaves nothing to return without labels; pass labels or leave it out.")
         balance = labels is not None and self.config.router_aux_loss_coef > 0
         if balance:
             kwargs["output_router_logits"] = True
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        predicts = labels is not None and len(self.model.mtp_layers) > 0
+        predicts = predicts and (past_key_values is None or past_key_values.get_seq_length() == 0)
+        where = {"attention_mask": attention_mask, "position_ids": position_ids}
+        tokens = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        outputs = self.model(**tokens, **where, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept, :])
-        loss = aux_loss = None
+        logits = None if skip_logits else self.lm_head(hidden_states[:, kept, :])
+        loss = aux_loss = mtp_loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.token_loss(hidden_states[:, kept, :], logits, labels=labels, **kwargs)
         if balance:
             aux_loss = self.balance_loss(outputs.router_logits, hidden_states.shape[:2], attention_mask)
             loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
-        return MoeCausalLMOutputWithPast(
+        if predicts:
+            mtp_loss = self.mtp_loss(hidden_states, **tokens, **where, labels=labels, fused=fused, **kwargs)
+            weight = self.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
+            loss = loss + weight * mtp_loss.to(loss.device)
+            mtp_loss = mtp_loss.detach()
+        return AxK1CausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
+            mtp_loss=mtp_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -856,10 +981,59 @@ class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin):
             router_logits=outputs.router_logits,
         )
 
+    def token_loss(self, hidden_states: Tensor, logits: Tensor | None, **targets) -> Tensor:
+        """transformers' loss from the logits, or from the head's input where there are none."""
+        weight = matrix_of(self.lm_head) if logits is None else None
+        # A rank of tensor parallelism holds a part of the vocabulary only.
+        if weight is not None and len(weight) == self.config.vocab_size:
+            return fused_causal_lm_loss(hidden_states, weight, **targets)
+        if logits is None:
+            logger.warning_once(
+                f"the loss takes whole logits, because lm_head ({type(self.lm_head).__name__}) is no plain linear layer here."
+            )
+            logits = self.lm_head(hidden_states)
+        return self.loss_function(logits=logits, vocab_size=self.config.vocab_size, **targets)
+
+    def mtp_loss(
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        labels: Tensor,
+        fused: bool,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        **kwargs,
+    ) -> Tensor:
+        """Mean over the prediction layers of their cross-entropy, each over its own targets.  [DeepSeek-V3, eq. 24-25]
+
+        Like the main loss a mean over targets, or their sum over `num_items_in_batch` where that is given; 0 without targets.
+        """
+        embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        mask_BQ = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        targets = next_token_targets(labels, ignore_index) if shift_labels is None else shift_labels
+        losses = []
+        for depth in range(len(self.model.mtp_layers)):
+            # The last places see the first tokens; nothing is predicted there.
+            following = embeds.roll(-depth - 1, dims=1)
+            hidden_states = self.model.predict_next(
+                depth, hidden_states, following, attention_mask, position_ids, **kwargs
+            )
+            logits = None if fused else self.lm_head(hidden_states)
+            ahead = mtp_targets(targets, depth, position_ids, mask_BQ, ignore_index)
+            items = (ahead != ignore_index).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            reading = {"shift_labels": ahead, "num_items_in_batch": items, "ignore_index": ignore_index}
+            losses.append(self.token_loss(hidden_states, logits, labels=None, **reading, **kwargs))
+        return torch.stack(losses).mean()
+
     def balance_loss(self, router_logits: tuple[Tensor, ...], shape: tuple[int, int], attention_mask) -> Tensor:
         """Mean over sparse layers of `sequence_balance_loss`."""
         mask_BQ = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-        routers = [module for module in self.modules() if isinstance(module, AxK1TopkRouter)]
+        layers = self.model.layers[: self.config.num_hidden_layers]
+        routers = [module for module in layers.modules() if isinstance(module, AxK1TopkRouter)]
         losses = []
         for router, logits_TE in zip(routers, router_logits, strict=True):
             expert_TK = router.choose(logits_TE.detach().sigmoid())
@@ -873,5 +1047,11 @@ class AxK1ForSequenceClassification(GenericForSequenceClassification, AxK1PreTra
         AxK1PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = AxK1Model(config)
+        # A class has no next token, and weights without a gradient would stop DDP.
+        del self.model.layers[config.num_hidden_layers :]
+        self._keys_to_ignore_on_load_unexpected = [
+            *(self._keys_to_ignore_on_load_unexpected or []),
+            *(rf"layers\.{config.num_hidden_layers + depth}\." for depth in range(config.num_nextn_predict_layers)),
+        ]
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()

@@ -38,11 +38,16 @@ CHUNK_ROWS = 512
 
 
 def axk1_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Routed experts of `self`, any module of transformers' fused layout: gate_up_proj [E, 2I, H], down_proj [E, H, I].
+    """Routed experts of `self`, any module of transformers' fused layout (gate_up_proj [E, 2I, H], down_proj [E, H, I]) or a
+    PackedExperts of quantised ones.
 
     hidden_states [T, H]; top_k_index [T, K] int64, ids of E or more (experts of another rank) add nothing; top_k_weights [T, K].
     Returns [T, H] in the dtype of hidden_states. ValueError for experts with biases, other layouts or other activations.
     """
+    from .quantization_axk1 import is_packed, packed_experts_forward  # which imports this module
+
+    if is_packed(self):
+        return packed_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     check_layout(self)
     missing = missing_for_kernels(hidden_states.device)
     if missing and hidden_states.device.type != "cpu":
@@ -71,21 +76,28 @@ def missing_for_kernels(device: torch.device) -> str:
 
 
 def check_layout(experts: nn.Module) -> None:
-    # Older transformers know no norm after an expert.
-    normed = getattr(experts, "has_post_expert_norm", False)
-    if experts.is_transposed or experts.has_bias or not experts.has_gate or not experts.is_concatenated or normed:
+    difference = unlike_swiglu(experts)
+    if difference:
         raise ValueError(
-            f"experts_implementation='axk1' runs unbiased [gate; up] experts stored as [E, 2I, H] but {type(experts).__name__} "
-            "differs; use 'grouped_mm' or 'eager'."
+            "experts_implementation='axk1' runs unbiased [gate; up] experts stored as [E, 2I, H] and computes SwiGLU but "
+            f"{type(experts).__name__} {difference}; use 'grouped_mm' or 'eager'."
         )
+
+
+def unlike_swiglu(experts: nn.Module) -> str:
+    """What sets a module apart from unbiased SwiGLU experts stored as [E, 2I, H] and [E, H, I]; empty if nothing does."""
+    # Modules that are not at transformers' experts seam say nothing of their layout; older ones know no norm after an expert.
+    if getattr(experts, "is_transposed", True) or not experts.is_concatenated:
+        return "stores them otherwise than as [gate; up] rows"
+    if experts.has_bias or not experts.has_gate or getattr(experts, "has_post_expert_norm", False):
+        return "has biases, no gate, or a norm of its own"
     activation = type(experts.act_fn).__name__
     # Some models clamp or scale in a gate of their own.
-    own_gate = type(experts)._apply_gate.__module__ != ALL_EXPERTS_FUNCTIONS.__module__
-    if own_gate or (not isinstance(experts.act_fn, nn.SiLU) and activation != "SiLUActivation"):
-        raise ValueError(
-            f"experts_implementation='axk1' computes SwiGLU but the activation is {activation}"
-            f"{' in a gate of its own' if own_gate else ''}; use 'grouped_mm' or 'eager'."
-        )
+    if type(experts)._apply_gate.__module__ != ALL_EXPERTS_FUNCTIONS.__module__:
+        return f"has {activation} in a gate of its own"
+    if not isinstance(experts.act_fn, nn.SiLU) and activation != "SiLUActivation":
+        return f"has the activation {activation}"
+    return ""
 
 
 def run_experts(x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> Tensor:
@@ -229,8 +241,8 @@ def loop_backward(
     weight_P1 = weight_TK.reshape(-1, 1)[pair_P].to(torch.promote_types(weight_TK.dtype, torch.float32))
     grad_x_TH = torch.zeros(x_TH.shape, dtype=torch.promote_types(x_TH.dtype, torch.float32), device=x_TH.device)
     grad_weight_P = torch.zeros(pair_P.numel(), dtype=weight_P1.dtype, device=x_TH.device)
-    grad_gate_up = empty_with_zero_rows(gate_up_E2IH, hits) if need_gate_up else gate_up_E2IH.new_empty(0)
-    grad_down = empty_with_zero_rows(down_EHI, hits) if need_down else down_EHI.new_empty(0)
+    grad_gate_up = empty_with_zero_rows(gate_up_E2IH, hits) if need_gate_up else x_TH.new_empty(0)
+    grad_down = empty_with_zero_rows(down_EHI, hits) if need_down else x_TH.new_empty(0)
     for run in chunks(hits):
         start, end = run[0][1], run[-1][2]
         token_N, weight_N1 = token_P[start:end], weight_P1[start:end]

@@ -130,4 +130,6 @@ def test_help_teaches_and_the_command_works_from_elsewhere(tmp_path):
     assert "axk1 merge THINKING NONTHINKING MERGED --alpha 0.8" in run("--help").stdout
     assert run().returncode == 2
     failed = run("info", "nothing")
-    assert failed.returncode == 2 and failed.stdout == "" and failed.stderr.startswith("axk1: preset='nothing'")
+    # Libraries may complain of themselves before; torchao does, of torch's CPU build.
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert failed.stderr.splitlines()[-1].startswith("axk1: preset='nothing'")

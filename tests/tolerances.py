@@ -15,3 +15,5 @@ EXPERTS = 3e-6
 MEGATRON = 1e-5
 # The fused routing kernel beside torch_route, weights (which sum to 2.5) and gradients, absolute; measured 1.2e-7.
 ROUTING = 5e-7
+# The loss in chunks beside cross_entropy of whole logits, fp32, relative to the largest entry; measured 6.3e-7.
+FUSED_LOSS = 2e-6

@@ -28,6 +28,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import get_soft_overlong_punishment
 
 from modeling_axk1.generation_axk1 import set_thinking_tokens
+from trainers.adapters import group_experts
 from trainers.launching import load_policy
 from trainers.mode_overlap import prompt_key
 from trainers.rewards import ON_ERROR, Judge, Tokens, checked, correct_reward, format_reward, has_spread, read
@@ -442,7 +443,7 @@ class DapoGspoTrainer(GRPOTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
-            peft_config=peft_config,
+            peft_config=group_experts(peft_config, model),
         )
         self.progress = ModeProgress()
         # With disable_tqdm there is a plain printer instead, which stays.

@@ -6,13 +6,20 @@ from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+import torch
+from peft import PeftConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config
 
 # Importing the package is what makes AutoModelForCausalLM build our class for model type axk1.
 import modeling_axk1  # noqa: F401
+from trainers.adapters import target_names
 
+LORA_TARGETS = {
+    "help": "With use_peft, the parts to adapt: attention, shared (experts), routed (experts), dense (layers), in place of "
+    "lora_target_modules and lora_target_parameters. Routed experts take no dropout: --lora_dropout 0."
+}
 logger = logging.getLogger(__name__)
 
 
@@ -45,6 +52,32 @@ def require_model(model: ModelConfig) -> None:
     targets = model.lora_target_modules
     if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
         model.lora_target_modules = [targets]
+
+
+def name_lora(model: ModelConfig, targets: list[str] | None, trust_remote_code: bool) -> PeftConfig | None:
+    """TRL's LoRA settings as PEFT's, the parts in `targets` by their names in this model; without any name all linear layers."""
+    if targets and not model.use_peft:
+        raise ValueError(f"lora_targets={targets} without LoRA adapts nothing; add --use_peft true.")
+    if targets and (model.lora_target_modules or model.lora_target_parameters):
+        raise ValueError(
+            "lora_targets stands in place of lora_target_modules and lora_target_parameters; give only one kind."
+        )
+    if targets:
+        if "routed" in targets and model.lora_dropout:
+            raise ValueError(
+                f"lora_dropout={model.lora_dropout} is not available on routed experts; add --lora_dropout 0."
+            )
+        options = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(model.model_name_or_path, **options)
+        # The names alone: no weight is allocated.
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        names = target_names(skeleton, targets)
+        model.lora_target_modules, model.lora_target_parameters = names["target_modules"], names["target_parameters"]
+    elif model.use_peft and model.lora_target_modules is None:
+        # peft knows no default for axk1.
+        model.lora_target_modules = "all-linear"
+    return get_peft_config(model)
 
 
 def find_checkpoint(config: TrainingArguments) -> str | None:

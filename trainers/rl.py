@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, load_dataset, load_from_disk
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_quantization_config
 
 from trainers import report
 from trainers.dapo_gspo import COLUMNS, MODE_NAMES, DapoGspoConfig, DapoGspoTrainer, mode_table
-from trainers.launching import require_model, train_and_save
+from trainers.launching import LORA_TARGETS, name_lora, require_model, train_and_save
 from trainers.rewards import JUDGES, find_judge
 
 GYM = "reasoning-gym:"
@@ -43,6 +43,7 @@ class RlArguments:
     judge: str = field(
         default="math", metadata={"help": f"{', '.join(JUDGES)}, or your own as package.module:function(answer, row)."}
     )
+    lora_targets: list[str] | None = field(default=None, metadata=LORA_TARGETS)
 
 
 def parse(settings: Sequence[str]) -> tuple[RlArguments, DapoGspoConfig, ModelConfig]:
@@ -115,7 +116,7 @@ def run_rl(settings: Sequence[str]) -> DapoGspoTrainer:
         config,
         prompts,
         eval_dataset=held_out,
-        peft_config=get_peft_config(model),
+        peft_config=name_lora(model, arguments.lora_targets, config.trust_remote_code),
         quantization_config=get_quantization_config(model),
     )
     train_and_save(trainer, arguments.dataset, write_report, first_and_last)

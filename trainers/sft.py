@@ -9,10 +9,10 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_quantization_config
 
 from trainers import report
-from trainers.launching import require_model, train_and_save
+from trainers.launching import LORA_TARGETS, name_lora, require_model, train_and_save
 from trainers.mode_overlap import load_mode_overlap, prompt_key, validate_mode_overlap
 from trainers.think_fusion import ThinkFusionConfig, ThinkFusionTrainer
 from trainers.tokenizer import CHAT_TEMPLATE
@@ -51,6 +51,7 @@ class SftArguments:
             "renders modes in another way, such as Qwen3."
         },
     )
+    lora_targets: list[str] | None = field(default=None, metadata=LORA_TARGETS)
 
 
 def parse(settings: Sequence[str]) -> tuple[SftArguments, ThinkFusionConfig, ModelConfig]:
@@ -80,9 +81,6 @@ def run_sft(settings: Sequence[str]) -> ThinkFusionTrainer:
         rows, test_rows = load_splits(arguments)
     if arguments.check_rows and config.process_index == 0:
         check(rows, test_rows, lambda text: len(tokenizer(text).input_ids))
-    if model.use_peft and model.lora_target_modules is None:
-        # peft knows no default for axk1. The routed experts are parameters: name them in lora_target_parameters.
-        model.lora_target_modules = "all-linear"
     trainer = ThinkFusionTrainer(
         model.model_name_or_path,
         config,
@@ -90,7 +88,7 @@ def run_sft(settings: Sequence[str]) -> ThinkFusionTrainer:
         train_dataset=rows,
         eval_dataset=test_rows if config.eval_strategy != "no" else None,
         probe_prompts=distinct_prompts(test_rows, arguments.probe_prompts) if test_rows else (),
-        peft_config=get_peft_config(model),
+        peft_config=name_lora(model, arguments.lora_targets, config.trust_remote_code),
         quantization_config=get_quantization_config(model),
     )
     train_and_save(trainer, arguments.dataset, write_report, first_and_last)

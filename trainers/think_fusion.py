@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from modeling_axk1.generation_axk1 import set_thinking_tokens
+from trainers.adapters import group_experts
 from trainers.evaluation import evaluate_mode
 from trainers.launching import load_policy
 from trainers.mode_order import EpochSampler, draw_mix, order_units, pair_rows
@@ -154,6 +155,7 @@ class ThinkFusionTrainer(SFTTrainer):
         self.think_token_id, self.end_think_token_id = processing_class.convert_tokens_to_ids([THINK, END_THINK])
         self.probe_prompts = list(probe_prompts)
         choose_packing(args, model.config._attn_implementation)
+        kwargs["peft_config"] = group_experts(kwargs.get("peft_config"), model)
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         # Rows thinking, non-thinking; columns summed loss, trained tokens.
         self._mode_sums = {"train": torch.zeros(2, 2), "eval": torch.zeros(2, 2)}

@@ -12,8 +12,15 @@ SPECIAL_TOKENS = [PAD, END_OF_TEXT, TURN_START, TURN_END, THINK, END_THINK]
 # The tags are added tokens but not *special* ones: decode(skip_special_tokens=True) must keep them, or every parser and
 # reward that reads decoded text loses sight of where the thought ends.
 CONTROL_TOKENS = [THINK, END_THINK]
+# A spare token can become a control token later without a new embedding row. Named as Llama 3 names them.
+RESERVED = "<|reserved_special_token_{}|>"
 
-# The split of cl100k/o200k with one change: every digit stands alone, so that numbers have one spelling.
+# The split of cl100k/o200k with one change: every digit stands alone, as in Qwen 3 and Gemma 3, so that a number has one
+# spelling and place value does not depend on where a group of three begins (groups from the left, as in o200k, cost
+# arithmetic; Singh & Strouse 2024, arXiv 2402.14903. Groups from the right need a lookahead that is quadratic in the
+# length of a run of digits).
+# Blanks: one of them joins the word behind it, a longer run is one piece, so that indentation of any depth costs a token;
+# line breaks stay with the punctuation before them.
 # There is no normaliser: decode(encode(text)) == text for any text.
 PRE_TOKEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}"
@@ -144,29 +151,39 @@ RESPONSE_TEMPLATE = {
 }
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, reserved: int = 0, multiple_of: int = 1, show_progress: bool = False
+) -> PreTrainedTokenizerFast:
     """Learn a lossless byte-level BPE from `texts` and attach the chat and response templates.
 
-    `vocab_size` counts the 256 bytes and the special tokens and is an upper bound: a small corpus runs out of merges
-    earlier, so size the model by `len(tokenizer)`. The same texts in the same order give the same tokenizer.
-    The end of sequence is `<|im_end|>`; padding is on the left, ready for batched generation.
+    `vocab_size` counts the 256 bytes, the special tokens and `reserved` spare ones and is an upper bound: a small corpus
+    runs out of merges earlier, so size the model by `len(tokenizer)`, which more spare tokens make a multiple of
+    `multiple_of` (128: a matrix of that many rows fills the tensor cores' tiles).
+    The same texts in the same order give the same tokenizer. The end of sequence is `<|im_end|>`; padding is on the left,
+    ready for batched generation.
     """
-    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS)
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS) + reserved
+    smallest += -smallest % multiple_of
     if vocab_size < smallest:
         raise ValueError(f"vocab_size={vocab_size} cannot hold the bytes and special tokens; use {smallest} or more.")
+    if vocab_size % multiple_of:
+        nearest = vocab_size - vocab_size % multiple_of
+        raise ValueError(f"vocab_size={vocab_size} is not a multiple of {multiple_of}; use {nearest}.")
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRE_TOKEN_PATTERN), behavior="isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     bpe.decoder = decoders.ByteLevel()
     learned = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(CONTROL_TOKENS),
+        vocab_size=vocab_size - len(CONTROL_TOKENS) - reserved,
         special_tokens=[token for token in SPECIAL_TOKENS if token not in CONTROL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=show_progress,
     )
     bpe.train_from_iterator(texts, learned)
     bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in CONTROL_TOKENS])
+    spare = reserved + -(bpe.get_vocab_size() + reserved) % multiple_of
+    bpe.add_special_tokens([AddedToken(RESERVED.format(number), normalized=False) for number in range(spare)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=PAD,

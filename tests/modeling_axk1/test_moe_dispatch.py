@@ -126,7 +126,7 @@ def assert_same_logits_with_axk1(model):
 def test_other_layouts_are_refused():
     experts = ours(random_config(1)).model.layers[-1].mlp.experts
     experts.act_fn = torch.nn.GELU()
-    with pytest.raises(ValueError, match="computes SwiGLU but the activation is GELU"):
+    with pytest.raises(ValueError, match="computes SwiGLU but .* has the activation GELU"):
         axk1_experts_forward(experts, torch.randn(2, 4), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
 
 
@@ -136,7 +136,7 @@ def test_a_gate_of_its_own_is_refused():
             return gate_up.clamp(max=1)
 
     experts = Clamped(random_config(1))
-    with pytest.raises(ValueError, match="SiLUActivation in a gate of its own; use"):
+    with pytest.raises(ValueError, match="has SiLUActivation in a gate of its own; use"):
         axk1_experts_forward(experts, torch.randn(2, 4), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
 
 

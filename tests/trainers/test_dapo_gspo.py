@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from modeling_axk1 import AxK1ForCausalLM
 from tests.random_models import tiny_chat_config
 from trainers import dapo_gspo
+from trainers.adapters import ParamWrapper, target_names
 from trainers.dapo_gspo import (
     DapoGspoConfig,
     DapoGspoTrainer,
@@ -604,8 +605,9 @@ def test_lora_leaves_the_base_and_moves_the_adapter(tokenizer, tmp_path):
     peft = pytest.importorskip("peft")
     model = axk1(tokenizer)
     base = {name: value.clone() for name, value in model.state_dict().items()}
-    adapter = peft.LoraConfig(r=4, target_modules=["kv_b_proj", "o_proj"], task_type="CAUSAL_LM")
+    adapter = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **target_names(model, ["attention", "routed"]))
     trainer = really(tokenizer, tmp_path, model, max_steps=2, peft_config=adapter, gradient_checkpointing=True)
+    assert type(trainer.model.get_submodule("base_model.model.model.layers.1.mlp.experts")) is ParamWrapper
     after = {
         name.replace("base_layer.", ""): value for name, value in trainer.model.get_base_model().state_dict().items()
     }

@@ -6,7 +6,7 @@ from modeling_axk1 import AxK1ForCausalLM
 from tests.random_models import tiny_chat_config
 from trainers import rl, sft
 from trainers.dapo_gspo import DapoGspoConfig
-from trainers.launching import load_policy
+from trainers.launching import load_policy, name_lora
 
 
 @pytest.mark.parametrize("command", [rl, sft], ids=["rl", "sft"])
@@ -20,6 +20,29 @@ def test_one_lora_target_is_a_name_and_no_pattern(tmp_path, command, given, kept
     settings += ["--bf16", "false", "--use_peft", "true", "--lora_target_modules", *given]
     _, _, model = command.parse(settings)
     assert model.lora_target_modules == kept
+
+
+@pytest.mark.parametrize("command", [rl, sft], ids=["rl", "sft"])
+def test_lora_targets_are_this_models_names(tmp_path, command):
+    """Found without weights: there are none in the folder."""
+    tiny_chat_config(64).save_pretrained(tmp_path)
+    settings = ["--model_name_or_path", str(tmp_path), "--dataset", "d", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    settings += ["--bf16", "false", "--lora_targets", "routed", "shared"]
+
+    def named(*more):
+        arguments, config, model = command.parse([*settings, *more])
+        return name_lora(model, arguments.lora_targets, config.trust_remote_code)
+
+    lora = named("--use_peft", "true", "--lora_dropout", "0", "--use_rslora", "true", "--lora_r", "3")
+    assert lora.target_modules == {f"shared_experts.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+    assert lora.target_parameters == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    assert (lora.r, lora.lora_dropout, lora.use_rslora) == (3, 0, True)
+    with pytest.raises(ValueError, match="lora_dropout=0.05 is not available on routed experts; add --lora_dropout 0"):
+        named("--use_peft", "true")
+    with pytest.raises(ValueError, match="adapts nothing; add --use_peft true"):
+        named()
+    with pytest.raises(ValueError, match="give only one kind"):
+        named("--use_peft", "true", "--lora_target_modules", "o_proj")
 
 
 @pytest.mark.parametrize("command", [rl, sft], ids=["rl", "sft"])

@@ -12,6 +12,7 @@ from modeling_axk1 import AxK1ForCausalLM
 from recipes import think_fusion_sft
 from tests.random_models import tiny_chat_config
 from trainers import sft
+from trainers.adapters import ParamWrapper
 from trainers.mode_overlap import build_mode_overlap, make_row, save_mode_overlap
 from trainers.tokenizer import CHAT_TEMPLATE, train_tokenizer
 
@@ -75,15 +76,19 @@ def test_the_cpu_config_trains_resumes_and_shows(files, tmp_path, capsys, caplog
 
 
 def test_lora_saves_an_adapter_leaves_the_model_and_resumes(files, tmp_path):
-    experts = ["--lora_target_parameters", "mlp.experts.gate_up_proj", "--lora_dropout", "0"]
+    experts = ["--lora_targets", "attention", "routed", "--lora_dropout", "0"]
     given = settings(files, tmp_path / "lora", "--use_peft", "true", "--lora_r", "4", *experts)
     trainer = sft.run_sft(given)
     assert (tmp_path / "lora/adapter_config.json").exists() and not (tmp_path / "lora/model.safetensors").exists()
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name for name in trained)
+    assert type(trainer.model.get_submodule("base_model.model.model.layers.1.mlp.experts")) is ParamWrapper
     adapter = load_file(tmp_path / "lora/adapter_model.safetensors")
     assert any(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
-    assert any("experts" in name for name in adapter) and any("kv_b_proj" in name for name in adapter)
+    assert {name.split(".lora_")[0].split(".layers.1.")[-1] for name in adapter if ".layers.1." in name} == {
+        "mlp.experts", "mlp.experts.base_layer", "self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj", "self_attn.o_proj",
+        "self_attn.q_a_proj", "self_attn.q_b_proj",
+    }  # fmt: skip
     assert any("probe_format_error_thinking" in log for log in trainer.state.log_history)
     (tmp_path / "lora/checkpoint-4/trainer_state.json").unlink()
     sft.run_sft(given)

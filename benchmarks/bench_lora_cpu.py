@@ -1,0 +1,142 @@
+"""How fast and in how much memory does LoRA train attention, shared and routed experts, beside stock PEFT's target_parameters?
+
+One training step: forward, loss, backward and AdamW of the adapters. "stock" is transformers' model under stock PEFT, "our model"
+ours under stock PEFT. The losses of the same steps from the same start are compared before anything is measured; the memory is
+each candidate's own peak in a fresh process, weights included, beyond its libraries.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from timing import interleaved_medians_ms, options_parser, record, show
+from transformers.models.axk1.configuration_axk1 import AXK1Config
+from transformers.models.axk1.modeling_axk1 import AXK1ForCausalLM
+
+from modeling_axk1 import AxK1Config, AxK1ForCausalLM
+from trainers.adapters import lora_config, target_names
+
+CANDIDATES = ("ours", "our model", "stock")
+STEPS = 6
+MEBIBYTE = 2**20
+# Of tiny models, for a look at the script itself.
+SIZES = {
+    "small": {"hidden_size": 512, "n_routed_experts": 64, "moe_intermediate_size": 256, "num_experts_per_tok": 8},
+    "tiny": {"hidden_size": 64, "n_routed_experts": 8, "moe_intermediate_size": 32},
+}
+
+
+def adapted(candidate: str, size: str, layers: int, rank: int) -> PeftModel:
+    """One of CANDIDATES, all with the same weights and the same adapter, which changes the output from the first step on."""
+    torch.manual_seed(0)
+    config = AxK1Config.preset("nano", num_hidden_layers=layers, first_k_dense_replace=0, **SIZES[size])
+    names = {"task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank}
+    if candidate == "stock":
+        model = AXK1ForCausalLM(AXK1Config(**config.to_dict()))
+    else:
+        model = AxK1ForCausalLM(config)
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.02)
+    lora = LoraConfig(**names, **target_names(model, ["attention", "shared", "routed"]))
+    tuned = get_peft_model(model, lora_config(model, r=rank, alpha=2 * rank) if candidate == "ours" else lora)
+    for _, parameter in sorted(tuned.named_parameters()):
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.02)
+    return tuned.train()
+
+
+def training_step(model: torch.nn.Module, input_ids: torch.Tensor) -> Callable[[], float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+
+    def run() -> float:
+        optimizer.zero_grad()
+        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return run
+
+
+def batch(options) -> torch.Tensor:
+    return torch.randint(0, 512, (1, options.tokens), generator=torch.Generator().manual_seed(1))
+
+
+def check_same_losses(options) -> dict[str, list[float]]:
+    """Losses of the first steps; AssertionError unless they fall and every candidate's are the same."""
+    losses = {}
+    for name in CANDIDATES:
+        run = training_step(adapted(name, options.size, options.layers, options.rank), batch(options))
+        losses[name] = [run() for _ in range(STEPS)]
+    ours = losses["ours"]
+    assert ours[-1] < ours[0] - 0.01, f"nothing is learned: {ours}"
+    for name, peer in losses.items():
+        differences = [abs(mine - other) for mine, other in zip(ours, peer)]
+        assert max(differences) < 1e-4, f"losses beside {name} differ by {max(differences):.1e}: {ours}, {peer}"
+    return losses
+
+
+def peak_bytes(options) -> int:
+    """The most that this process holds over three steps beyond what it holds now."""
+    # Forgets the peak of the imports.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory_bytes("VmRSS")
+    run = training_step(adapted(options.peak_of, options.size, options.layers, options.rank), batch(options))
+    for _ in range(3):
+        run()
+    return memory_bytes("VmHWM") - before
+
+
+def memory_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def peaks_in_fresh_processes(options) -> dict[str, int]:
+    peaks = {}
+    for name in CANDIDATES:
+        sizes = [f"--{key}={getattr(options, key)}" for key in ("size", "layers", "rank", "tokens", "threads")]
+        command = [sys.executable, __file__, "--peak-of", name, *sizes]
+        child = subprocess.run(command, capture_output=True, text=True)
+        if child.returncode:
+            raise RuntimeError(f"{name} could not train:\n{child.stderr[-3000:]}")
+        peaks[name] = json.loads(child.stdout.splitlines()[-1])
+    return peaks
+
+
+def main() -> None:
+    parser = options_parser(__doc__, rounds=5)
+    parser.add_argument("--size", choices=SIZES, default="small", help="512 hidden, 64 experts of 256, top-8; or tiny")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--peak-of", choices=CANDIDATES, help="only print this candidate's peak in bytes")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak_of:
+        print(peak_bytes(options))
+        return
+    losses = check_same_losses(options)
+    print("losses:", *(f"{name} {values[0]:.5f} -> {values[-1]:.5f}" for name, values in losses.items()), sep="\n  ")
+    peaks = peaks_in_fresh_processes(options)
+    runs = {
+        name: training_step(adapted(name, options.size, options.layers, options.rank), batch(options))
+        for name in CANDIDATES
+    }
+    case = f"{options.size}, {options.layers} layers, r = {options.rank}, {options.tokens} tokens"
+    times = interleaved_medians_ms(runs, options.rounds, case, burst=1)
+    if options.record:
+        record("lora_cpu", case, times, peer="stock")
+    for peer in CANDIDATES[1:]:
+        show(f"a LoRA step, routed experts included, {options.threads} threads", {case: times}, peer=peer)
+    for name, peak in peaks.items():
+        print(f"{name}: peak {peak / MEBIBYTE:,.0f} MiB beyond the libraries, {peak / peaks['ours']:.2f} times ours")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""What one rank of a sharded model computes, holds and reads; imported by the processes that test_parallel.py starts."""
+
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate.big_modeling import _attach_context_parallel_hooks
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import context_parallel
+from torch.distributed.tensor.experimental._context_parallel._attention import (
+    _templated_ring_attention,
+    _templated_ring_attention_backward,
+)
+from transformers import DynamicCache, modeling_utils
+from transformers.distributed import DistributedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from modeling_axk1 import AxK1ForCausalLM
+from modeling_axk1.modeling_axk1 import AxK1Attention
+from trainers.pipeline import pipeline_loss, pipeline_schedule, save_pipeline
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class CountedSlice:
+    """A safetensors slice that adds up the bytes read through it."""
+
+    def __init__(self, inner, read: list[int]):
+        self.inner, self.read = inner, read
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __getitem__(self, index):
+        piece = self.inner[index]
+        self.read.append(piece.nbytes)
+        return piece
+
+
+class CountedFile:
+    def __init__(self, read: list[int], *args, **kwargs):
+        self.inner, self.read = OPEN(*args, **kwargs), read
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def get_slice(self, name):
+        return CountedSlice(self.inner.get_slice(name), self.read)
+
+
+OPEN = modeling_utils.safe_open
+
+
+def load_counted(path: str, **options) -> tuple[AxK1ForCausalLM, int]:
+    """The model and the bytes that loading it read from its files."""
+    read: list[int] = []
+    with mock.patch.object(modeling_utils, "safe_open", lambda *args, **kwargs: CountedFile(read, *args, **kwargs)):
+        return AxK1ForCausalLM.from_pretrained(path, **options), sum(read)
+
+
+@torch.no_grad()
+def infer(model: AxK1ForCausalLM, ids: Tensor, mask: Tensor) -> dict:
+    """Logits of a full pass and of cached steps, padded tokens generated, and how often a step ran in the absorbed form."""
+    model.eval()
+    cache = DynamicCache(config=model.config)
+    steps = [model(ids[:, :6], past_key_values=cache).logits]
+    absorbed = mock.Mock(side_effect=AxK1Attention.attend_absorbed)
+    with mock.patch.object(AxK1Attention, "attend_absorbed", lambda self, *a, **k: absorbed(self, *a, **k)):
+        for i in range(6, ids.shape[1]):
+            steps.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+    tokens = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    full = model(ids, attention_mask=mask).logits
+    return {"logits": full, "steps": torch.cat(steps, dim=1), "tokens": tokens, "absorbed": absorbed.call_count}
+
+
+def infer_and_train(model: AxK1ForCausalLM, ids: Tensor, mask: Tensor, mine: Tensor) -> dict:
+    # First of all: a forward pass leaves the head unsharded under FSDP2, and an optimizer has to get the shards.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+    return infer(model, ids, mask) | train(model, optimizer, mine)
+
+
+def train(model: AxK1ForCausalLM, optimizer: torch.optim.Optimizer, ids: Tensor) -> dict:
+    """Loss, whole gradients and whole updated weights of one step on these rows."""
+    model.train()
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    return {
+        "loss": loss.detach(),
+        "gradients": gradients,
+        "updated": {name: whole(p.detach()) for name, p in model.named_parameters()},
+    }
+
+
+def check_layouts(path: str, layouts: dict[str, dict], ids: Tensor, mask: Tensor) -> dict[str, dict]:
+    """Of each layout, on this rank: what it reads and holds, infers, and learns from its share of the rows."""
+    results = {}
+    for name, sizes in layouts.items():
+        model, read = load_counted(path, distributed_config=DistributedConfig(**sizes), dtype=torch.float32)
+        results[name] = {"read": read, "held": sum(local(p).nbytes for p in model.parameters())}
+        if "pp_size" in sizes:  # transformers' pipeline only infers
+            results[name] |= infer(model, ids, mask)
+        else:
+            shares = sizes.get("fsdp_size", 1)
+            share = dist.get_rank() // sizes.get("tp_size", 1) % shares
+            results[name] |= infer_and_train(model, ids, mask, ids.chunk(shares)[share])
+    return results
+
+
+def train_pipeline(path: str, out: str, ids: Tensor, micro_batches: int) -> tuple[Tensor | None, dict]:
+    """(loss, gradients of this rank's parameters) of one pipelined step on all rows; the updated model is left in `out`."""
+    model = AxK1ForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(pp_size=dist.get_world_size()))
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = pipeline_loss(pipeline_schedule(model, micro_batches), ids)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    save_pipeline(model, out)
+    return loss, gradients
+
+
+class RingAttention(torch.autograd.Function):
+    """torch's ring attention of context parallelism around the CPU's flash kernel, which torch has not registered for it."""
+
+    @staticmethod
+    def forward(ctx, group, scale, query, key, value):
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = _templated_ring_attention(group, 2, op, query, key, value, is_causal=True, scale=scale)
+        ctx.group, ctx.scale = group, scale
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, out, lse = ctx.saved_tensors
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+        def backward(*, grad_out, query, key, value, out, logsumexp, is_causal, scale):
+            return op(grad_out, query, key, value, out, logsumexp, 0.0, is_causal, scale=scale)
+
+        arguments = dict(query=query, key=key, value=value, out=out, logsumexp=lse, is_causal=True, scale=ctx.scale)
+        grads = _templated_ring_attention_backward(
+            ctx.group, 2, backward, grad_out=grad.contiguous(), grad_out_name="grad_out", **arguments
+        )
+        return None, None, *grads[:3]
+
+
+def train_context_parallel(path: str, ids: Tensor) -> tuple[Tensor, dict]:
+    """(loss, gradients), both means over ranks, of a step in which each rank holds a part of every row's tokens.
+
+    As accelerate arranges it: rows, positions and shifted labels are cut by `context_parallel`, masks dropped for causality.
+    """
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+
+    def attend(module, query, key, value, attention_mask, scaling, **kwargs):
+        assert attention_mask is None and kwargs["is_causal"]
+        return RingAttention.apply(mesh.get_group(), scaling, query, key, value).transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("ring", attend)
+    model = AxK1ForCausalLM.from_pretrained(path).train()
+    model.config._attn_implementation = "ring"
+    _attach_context_parallel_hooks(model)
+    positions = torch.arange(ids.shape[1]).repeat(len(ids), 1)
+    labels = F.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()
+    tokens = (labels != -100).sum()
+    with context_parallel(mesh, buffers=[ids, positions, labels], buffer_seq_dims=[1, 1, 1]):
+        assert ids.shape[1] * dist.get_world_size() == 16
+        output = model(ids, position_ids=positions, labels=labels, shift_labels=labels, num_items_in_batch=tokens)
+        output.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for tensor in (loss := output.loss.detach(), *gradients.values()):
+        dist.all_reduce(tensor)
+    return loss, gradients
+
+
+def check_pair(path: str, equal_heads: str, out: str, layouts: dict, ids: Tensor, mask: Tensor) -> tuple:
+    """All that two ranks are asked, in one start of them."""
+    by_layout = check_layouts(path, layouts, ids, mask)
+    return by_layout, train_pipeline(path, out, ids, micro_batches=2), train_context_parallel(equal_heads, ids_of_16(ids))
+
+
+def ids_of_16(ids: Tensor) -> Tensor:
+    """Rows of 16 tokens: what two ranks with two pieces each can share."""
+    return torch.cat([ids, ids], dim=1)[:, :16].contiguous()

@@ -1,0 +1,37 @@
+"""Run one function in several processes that talk over gloo on the loopback, and collect what each returns."""
+
+import os
+import socket
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def rank_main(rank: int, world: int, port: int, folder: str, function, arguments: tuple) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        torch.save(function(*arguments), f"{folder}/rank{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def run_on_ranks(world: int, folder: Path, function, *arguments) -> list:
+    """What `function(*arguments)` returned on each of `world` ranks. It has to be importable: none of a test file's own."""
+    # A server that has imported the libraries forks the ranks: a spawned one takes seconds to import them.
+    get_context("forkserver").set_forkserver_preload([function.__module__])
+    place = (world, free_port(), str(folder), function, arguments)
+    mp.start_processes(rank_main, place, world, start_method="forkserver")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]

@@ -1,0 +1,325 @@
+"""Is a pre-training run its plan: resumed bit for bit, alike on two ranks, safe from spikes, NaN and SIGTERM?"""
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from modeling_axk1 import AxK1ForCausalLM
+from modeling_axk1.modeling_axk1 import AxK1TopkRouter
+from tests.random_models import tiny_chat_config
+from trainers.token_store import Source
+from trainers.curriculum import read_curriculum
+from trainers.muon import MuonAdamW, matrices_of, split_parameters
+from trainers.pretrain import PretrainConfig, PretrainTrainer
+from trainers.safeguards import SpikeDetector, damage, seal, sound_checkpoint
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 16}
+STAGES = {
+    "warmup_tokens": 128,
+    "stages": [
+        {"name": "first", "tokens": 512, "context": 16, "batch_tokens": 64, "mixture": {"web": 0.7, "code": 0.3}},
+        {
+            "name": "second", "tokens": 256, "phase": "decay", "batch_tokens": 64, "mixture": {"web": 1.0},
+            "context": [16, {"length": 32, "rope": YARN}],
+        },
+    ],
+}  # fmt: skip
+STEPS = 12
+
+
+def text(documents, seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(5, 60, documents)
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    return Source("", rng.integers(0, 32, lengths.sum()).astype(np.uint32), starts, rng.random(documents, np.float32), {})
+
+
+def trainer_of(out, table=STAGES, **changes):
+    torch.manual_seed(0)
+    model = AxK1ForCausalLM(tiny_chat_config(32))
+    settings = {"use_cpu": True, "bf16": False, "logging_steps": 1, "save_steps": 5, "learning_rate": 3e-3, "disable_tqdm": True}
+    args = PretrainConfig(output_dir=str(out), **settings | changes)
+    return PretrainTrainer(model, args, read_curriculum(table), {"web": text(60, 0), "code": text(40, 1)})
+
+
+def losses(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class At(TrainerCallback):
+    """Does something once, before a step."""
+
+    def __init__(self, step, what):
+        self.step, self.what = step, what
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.what()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run from the first step to the last, with AdamW."""
+    out = tmp_path_factory.mktemp("straight")
+    trainer = trainer_of(out)
+    trainer.train()
+    return trainer, out
+
+
+def test_a_run_is_its_plan(straight):
+    trainer, out = straight
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["tokens"] for log in logs] == [64 * (i + 1) for i in range(STEPS)]
+    assert [log["stage"] for log in logs] == [0] * 8 + [1] * 4 and [log["context"] for log in logs] == [16] * 10 + [32] * 2
+    rates = [log["learning_rate"] / 3e-3 for log in logs]
+    assert rates[:3] == pytest.approx([0.25, 0.75, 1.0]) and rates[-1] == pytest.approx(0.125)
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    assert trainer.model.config.rope_parameters["rope_type"] == "yarn" and trainer.model.config.max_position_embeddings >= 32
+    assert len(trainer.stage_loads) == 2 and sum(trainer.stage_loads[0][0]) == pytest.approx(4)
+    assert {path.name for path in out.iterdir()} == {"checkpoint-10", "checkpoint-12"}
+    saved = AutoModelForCausalLM.from_pretrained(out / "checkpoint-12")
+    assert saved.config.use_cache and type(saved) is AxK1ForCausalLM
+    ids = torch.randint(0, 32, (1, 32))
+    torch.testing.assert_close(saved(ids).logits, trainer.model.eval()(ids).logits, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_by_sigterm_and_resumed_it_is_the_same_run(straight, tmp_path, optimizer):
+    truth, _ = straight
+    if optimizer == "muon":
+        adamw, truth = truth, trainer_of(tmp_path / "truth", optimizer=optimizer, save_strategy="no")
+        truth.train()
+        assert losses(truth)[0] == losses(adamw)[0] and losses(truth)[2] != losses(adamw)[2]
+    killed = trainer_of(tmp_path, optimizer=optimizer)
+    killed.add_callback(At(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    before = signal.getsignal(signal.SIGTERM)
+    killed.train()
+    assert killed.stopped and killed.state.global_step == 7 and signal.getsignal(signal.SIGTERM) is before
+    resumed = trainer_of(tmp_path, optimizer=optimizer)
+    resumed.train("latest")
+    assert not resumed.stopped and losses(resumed) == losses(truth)
+    assert same(weights(resumed), weights(truth))
+    assert resumed.stage_loads == truth.stage_loads and resumed.packer.state() == truth.packer.state()
+    # Finished: once more changes nothing.
+    again = trainer_of(tmp_path, optimizer=optimizer)
+    again.train("latest")
+    assert again.state.global_step == STEPS and same(weights(again), weights(truth))
+
+
+def test_accumulation_gives_the_same_numbers(straight, tmp_path):
+    truth, _ = straight
+    parts = trainer_of(tmp_path, gradient_accumulation_steps=2, save_strategy="no")
+    parts.train()
+    assert losses(parts) == pytest.approx(losses(truth), abs=2e-5)
+
+
+def test_recomputation_gives_the_same_numbers(straight, tmp_path):
+    truth, _ = straight
+    for kind in ("selective", "full"):
+        trainer = trainer_of(tmp_path / kind, recompute=kind, save_strategy="no")
+        trainer.train()
+        assert losses(trainer) == pytest.approx(losses(truth), abs=1e-6)
+
+
+# -- two ranks ----------------------------------------------------------------------------------------------------
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def one_rank(rank, port, out):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    trainer = trainer_of(out, ddp_backend="gloo")
+    if rank == 1:
+        # One rank hears the request: both stop, with one checkpoint.
+        trainer.add_callback(At(9, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    trainer.train()
+    stopped = trainer.state.global_step
+    trainer = trainer_of(out, ddp_backend="gloo")
+    trainer.train("latest")
+    if rank == 0:
+        facts = {"stopped": stopped, "losses": losses(trainer), "loads": trainer.stage_loads}
+        (Path(out) / "facts.json").write_text(json.dumps(facts))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_give_the_numbers_of_one(straight, tmp_path):
+    truth, out = straight
+    mp.spawn(one_rank, args=(free_port(), str(tmp_path)), nprocs=2)
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["stopped"] == 9
+    assert facts["losses"] == pytest.approx(losses(truth), abs=2e-5)
+    assert facts["loads"] == truth.stage_loads, "loads are summed over ranks"
+    ours, theirs = (load_file(path / "checkpoint-12/model.safetensors") for path in (tmp_path, out))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=0)
+    assert damage(tmp_path / "checkpoint-12") == ""
+    assert len(list((tmp_path / "checkpoint-12").glob("rng_state_*.pth"))) == 2
+
+
+# -- safeguards ---------------------------------------------------------------------------------------------------
+def poison(trainer):
+    with torch.no_grad():
+        trainer.model.lm_head.weight[0, 0] = float("nan")
+
+
+def heal(trainer, weight):
+    with torch.no_grad():
+        trainer.model.lm_head.weight.copy_(weight)
+
+
+def test_a_nan_skips_the_update_saves_the_batch_and_is_logged(tmp_path):
+    trainer = trainer_of(tmp_path, save_strategy="no")
+    kept = {}
+
+    def before():
+        kept.update(weights(trainer))
+        poison(trainer)
+
+    trainer.add_callback(At(4, before))
+    trainer.add_callback(At(5, lambda: heal(trainer, kept["lm_head.weight"])))
+    after = []
+    trainer.add_callback(At(5, lambda: after.append(weights(trainer))))
+    trainer.train()
+    names = [name for name in kept if "lm_head" not in name]
+    assert all(torch.equal(after[0][name], kept[name]) for name in names), "weights, biases: none moved in step 4"
+    assert [(e["step"], e["problem"], e["action"]) for e in trainer.events] == [(4, "a loss of nan", "skipped")]
+    batch = load_file(tmp_path / "bad_batches/step-4-rank-0-0.safetensors")
+    assert batch["input_ids"].shape == (4, 16)
+    assert [log["skipped_steps"] for log in trainer.state.log_history if "loss" in log] == [0] * 3 + [1] * 9
+
+
+def test_endless_nan_stops_the_run(tmp_path):
+    trainer = trainer_of(tmp_path, save_strategy="no", most_bad_steps=3)
+    trainer.add_callback(At(4, lambda: poison(trainer)))
+    with pytest.raises(ValueError, match="3 updates in a row were bad, the last by a loss of nan at step 6; lower learning_rate"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback", "ignore"])
+def test_a_spike_is_skipped_rolled_back_or_ignored(tmp_path, action):
+    trainer = trainer_of(tmp_path, on_spike=action, save_steps=3)
+    trainer.spikes.losses.extend([4.5] * 20)
+    begun, seen = {}, {}
+    trainer.add_callback(At(4, lambda: begun.update(weights(trainer))))
+
+    def spike():
+        with torch.no_grad():
+            trainer.model.lm_head.weight.mul_(-20)
+        seen.update(weights(trainer))
+
+    trainer.add_callback(At(6, spike))
+    after = {}
+    trainer.add_callback(At(7, lambda: after.update(weights(trainer))))
+    trainer.train()
+    rates = [log["learning_rate"] / 3e-3 for log in trainer.state.log_history if "loss" in log]
+    assert rates[5] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.125)
+    if action == "ignore":
+        assert not trainer.events and not same(after, seen)
+        return
+    event = trainer.events[0]
+    assert event["step"] == 6 and event["problem"] == "a loss spike"
+    expected, said = (seen, "skipped") if action == "skip" else (begun, "rolled back to checkpoint-3")
+    assert same(after, expected) and event["action"] == said
+
+
+def test_spike_detector_by_hand():
+    quiet = SpikeDetector(window=32, sigmas=5, least=0.1)
+    assert all(quiet.accepts(2.0) for _ in range(40))
+    assert not quiet.accepts(2.6) and quiet.accepts(2.4), "five times at least 0.1 above the mean"
+    assert not quiet.accepts(float("nan")) and not quiet.accepts(float("inf"))
+    young = SpikeDetector()
+    assert young.accepts(5.0) and young.accepts(500.0), "too few losses to judge by"
+
+
+def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
+    for step in (5, 10, 15):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights" * 100)
+        if step < 15:
+            seal(folder)
+    changed = bytearray(b"weights" * 100)
+    changed[50] ^= 1
+    (tmp_path / "checkpoint-10/model.safetensors").write_bytes(changed)
+    assert sound_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-5"
+    assert "checkpoint-15 has no checksums.json: its saving was interrupted; passed over." in caplog.text
+    assert "checkpoint-10 has another model.safetensors than was saved; passed over." in caplog.text
+    with pytest.raises(ValueError, match="checkpoint-10 has another model.safetensors"):
+        sound_checkpoint(tmp_path, str(tmp_path / "checkpoint-10"))
+    assert sound_checkpoint(tmp_path, None) is None and sound_checkpoint(tmp_path / "none", "latest") is None
+
+
+def test_another_plan_does_not_go_on_from_this_checkpoint(straight):
+    _, out = straight
+    table = json.loads(json.dumps(STAGES))
+    table["stages"][1]["tokens"] = 128
+    with pytest.raises(ValueError, match="belongs to another plan"):
+        trainer_of(out, table).train("latest")
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="optimizer='sgd' does not exist; use one of adamw, muon"):
+        PretrainConfig(output_dir=str(tmp_path), use_cpu=True, optimizer="sgd")
+    with pytest.raises(ValueError, match="3 of them, one a rank|not enough for 300 of them"):
+        trainer_of(tmp_path, gradient_accumulation_steps=300)
+    model = AxK1ForCausalLM(tiny_chat_config(32)).to(torch.bfloat16)
+    args = PretrainConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="bfloat16 weights and training needs fp32 masters"):
+        PretrainTrainer(model, args, read_curriculum(STAGES), {"web": text(60, 0), "code": text(40, 1)})
+
+
+# -- parts --------------------------------------------------------------------------------------------------------
+def test_muon_moves_each_experts_matrices_as_torch_moves_one(tmp_path):
+    torch.manual_seed(0)
+    model = AxK1ForCausalLM(tiny_chat_config(32))
+    matrices, stacked, others = split_parameters(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert set(matrices) | set(stacked) | set(others) == trained
+    assert {name for name in others if others[name].ndim == 2} == {
+        "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.gate.weight",
+    }  # fmt: skip
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    views = matrices_of(name, stacked[name])
+    assert len(views) == 8 and torch.equal(views[3], stacked[name][1, 16:]), "second expert's up half"
+    optimizer = MuonAdamW(model, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, momentum=0.95)
+    alone = torch.nn.Parameter(views[3].detach().clone())
+    oracle = torch.optim.Muon([alone], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        model(torch.randint(0, 32, (4, 16)), labels=torch.randint(0, 32, (4, 16))).loss.backward()
+        alone.grad = stacked[name].grad[1, 16:].clone()
+        optimizer.step()
+        oracle.step()
+        optimizer.zero_grad()
+    assert torch.equal(stacked[name][1, 16:], alone)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_router_stays_fp32_under_autocast():
+    torch.manual_seed(0)
+    router = AxK1TopkRouter(tiny_chat_config(32))
+    torch.nn.init.normal_(router.weight)
+    hidden = torch.randn(64, 32)
+    plain = router(hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = router(hidden)
+    assert cast[0].dtype == torch.float32 and torch.equal(plain[0], cast[0]) and torch.equal(plain[2], cast[2])

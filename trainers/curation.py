@@ -1,0 +1,437 @@
+"""How do raw files become a training mixture? One recipe, run by datatrove on this machine or on Slurm, resumable.
+
+    axk1 curate run RECIPE.yaml
+
+    out: runs/curated
+    sources:
+      - {name: web, path: crawl/*.warc.gz}
+      - {name: code, path: "src/**/*.py", domain: code, language: code}
+    heuristics: {quality: {min_doc_words: 20}, repetition: {}}      # Gopher's rules; a source may have its own
+    language: {keep: [en, ko], minimum: 0.5}
+    quality: {model: runs/quality, minimum: 0.5}                    # trained by `axk1 curate train-classifier`
+    domain: {model: runs/domain}
+    difficulty: {model: runs/difficulty}
+    decontaminate: {evaluations: [gsm8k_test.jsonl]}
+    deduplicate: {exact: true, near: true}
+    mixture: {web: 0.6, code: 0.4}                                  # sums to 1; shares of characters
+    tasks: 8
+    workers: 4
+    slurm: {partition: cpu, time: "10:00:00"}                       # absent: this machine
+
+Writes `documents/*.jsonl` (columns `id`, `text`, `domain`, `difficulty`, `quality`, `language`, `source`, `file`, `position`,
+`copy`, `verdicts`; files in order of their names go from simple to hard), `dropped/STEP/*.jsonl` with the reason, and
+`report.html`, `report.json`. Killed? Run the same command again: finished tasks are kept.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor.base import PipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.dedup import (
+    ExactDedupFilter,
+    ExactDedupSignature,
+    ExactFindDedups,
+    MinhashConfig,
+    MinhashDedupBuckets,
+    MinhashDedupCluster,
+    MinhashDedupFilter,
+    MinhashDedupSignature,
+)
+from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.writers import JsonlWriter
+from datatrove.utils.hashing import HashConfig
+from tqdm import tqdm
+
+from trainers import report
+from trainers.corpus import MAX_DOCUMENT_BYTES, files_of
+from trainers.curation_steps import (
+    Classified,
+    Decontaminated,
+    DocumentWriter,
+    DroppedWriter,
+    Heuristics,
+    Kept,
+    Language,
+    Mixture,
+    Reader,
+    Tally,
+    Words,
+    read_tally,
+)
+
+SOURCE_KEYS = {"name", "path", "text_key", "domain", "language", "heuristics"}
+SECTION_KEYS = {
+    "heuristics": {"quality", "repetition"},
+    "language": {"keep", "minimum"},
+    "quality": {"model", "minimum"},
+    "domain": {"model"},
+    "difficulty": {"model"},
+    "decontaminate": {"evaluations", "words"},
+    "deduplicate": {"exact", "near", "words", "buckets", "hashes"},
+}
+# Shingles of 5 words, as in FineWeb. Its 14 buckets of 8 hashes find 92% of pairs that share 80% of their shingles,
+# 20 buckets of 6 find 99.8%, 92% of those that share 70%, and one in 12 of those that share 40%.
+NEAR = {"words": 5, "buckets": 20, "hashes": 6}
+# xxhash, the default, takes no str since its release 4.
+HASH = HashConfig(precision=64, hash_fc="sha1")
+# Repeating text up to four times is about as good as new text (Muennighoff et al. 2023, arXiv 2305.16264).
+MAX_REPEATS = 4.0
+SAMPLES = 3
+
+
+@dataclass
+class Recipe:
+    """What a YAML file says, checked; see the example above. Paths are relative to where the command is called."""
+
+    out: str
+    sources: list[dict]
+    heuristics: dict = field(default_factory=dict)
+    language: dict | None = None
+    quality: dict | None = None
+    domain: dict | None = None
+    difficulty: dict | None = None
+    decontaminate: dict | None = None
+    deduplicate: dict = field(default_factory=lambda: {"exact": True, "near": True})
+    mixture: dict[str, float] | None = None
+    max_repeats: float = MAX_REPEATS
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    seed: int = 0
+    tasks: int = 1
+    workers: int = 1
+    slurm: dict | None = None
+
+    def __post_init__(self):
+        _check_sources(self.sources)
+        for name, allowed in SECTION_KEYS.items():
+            section = getattr(self, name)
+            unknown = set(section or {}) - allowed if isinstance(section, (dict, type(None))) else {section}
+            if unknown:
+                raise ValueError(f"{name}: {sorted(map(str, unknown))} is unknown; use {sorted(allowed)}.")
+        for name in ("quality", "domain", "difficulty"):
+            if (section := getattr(self, name)) is not None and not Path(section.get("model", "")).is_dir():
+                raise ValueError(f"{name}: {section} names no folder with a classifier as its model; train one first.")
+        total = sum(self.mixture.values()) if self.mixture else 1.0
+        if abs(total - 1) > 1e-6 or any(share < 0 for share in (self.mixture or {}).values()):
+            raise ValueError(f"The mixture's shares must be positive and sum to 1, got {total:g}; mend them.")
+        if self.tasks < 1 or self.workers < 1 or self.max_repeats <= 0:
+            raise ValueError(
+                f"tasks={self.tasks}, workers={self.workers}, max_repeats={self.max_repeats:g} must all be positive."
+            )
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Recipe":
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}.") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds no recipe; begin with `out:` and `sources:`.")
+        names = [known.name for known in fields(cls)]
+        if unknown := set(content) - set(names):
+            raise ValueError(f"{path}: {', '.join(sorted(map(str, unknown)))} is unknown; use {', '.join(names)}.")
+        if missing := {"out", "sources"} - set(content):
+            raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; see `axk1 curate run --help`.")
+        return cls(**content)
+
+    def files(self) -> list[tuple[str, str, str]]:
+        return [
+            (source["name"], str(path.resolve()), source.get("text_key", "text"))
+            for source in self.sources
+            for path in files_of(source["path"])
+        ]
+
+
+def _check_sources(sources: Sequence[Mapping]) -> None:
+    if not sources:
+        raise ValueError("The recipe has no source; give a name and a path each.")
+    for source in sources:
+        if not {"name", "path"} <= set(source) <= SOURCE_KEYS:
+            raise ValueError(f"The source {source} needs name and path, and may have {sorted(SOURCE_KEYS)}.")
+    names = [source["name"] for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two sources have one name in {names}; name them apart.")
+
+
+def text_of(document: Document) -> str:
+    return document.text
+
+
+def first_steps(recipe: Recipe, files: list[tuple[str, str, str]], dropped: str) -> list[PipelineStep]:
+    """Read, and judge each document by itself: the cheap before the dear."""
+    declared = {s["name"]: {key: s[key] for key in ("domain", "language") if key in s} for s in recipe.sources}
+    steps: list[PipelineStep] = [Reader(files, declared, recipe.max_document_bytes)]
+    rules = {source["name"]: source.get("heuristics", recipe.heuristics) for source in recipe.sources}
+    if any(rules.values()):
+        steps.append(Heuristics(rules, dropped))
+    if recipe.language:
+        steps.append(Language(recipe.language["keep"], recipe.language.get("minimum", 0.0), dropped))
+    if recipe.decontaminate:
+        evaluations = [str(Path(path).resolve()) for path in recipe.decontaminate["evaluations"]]
+        words = {"words": recipe.decontaminate["words"]} if "words" in recipe.decontaminate else {}
+        for path in evaluations:
+            files_of(path)
+        steps.append(Decontaminated(evaluations, dropped, **words))
+    for name in ("quality", "domain", "difficulty"):
+        if section := getattr(recipe, name):
+            model = str(Path(section["model"]).resolve())
+            steps.append(Classified(name, model, dropped, section.get("minimum", 0.0)))
+    return steps
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    steps: list
+    tasks: int
+
+
+def stages_of(recipe: Recipe, out: Path) -> list[Stage]:
+    """Each needs those before it. A stage that reads what another wrote has as many tasks: task n reads file n."""
+    dropped, work, tasks = str(out / "dropped"), out / "work", recipe.tasks
+
+    def hand_over(name: str) -> JsonlWriter:
+        return JsonlWriter(str(work / name), compression=None)
+
+    first = first_steps(recipe, recipe.files(), dropped)
+    stages = [Stage("filter", [*first, Tally(str(work / "tally-filtered")), hand_over("filtered")], tasks)]
+    latest = "filtered"
+
+    def take_over() -> PipelineStep:
+        return HandedOver(str(work / latest))
+
+    if recipe.deduplicate.get("exact"):
+        exact = ExactDedupConfig(content_getter=text_of, hash_config=HASH)
+        signatures, duplicates = str(work / "exact-signatures"), str(work / "exact-duplicates")
+        drop = ExactDedupFilter(duplicates, exact, DroppedWriter(dropped, "exact", "same text"))
+        stages += [
+            Stage("exact-sign", [take_over(), ExactDedupSignature(signatures, exact)], tasks),
+            Stage("exact-find", [ExactFindDedups(signatures, duplicates, exact)], 1),
+            Stage("exact-drop", [take_over(), drop, Kept("exact"), hand_over("exact")], tasks),
+        ]
+        latest = "exact"
+    if recipe.deduplicate.get("near"):
+        near = NEAR | {key: recipe.deduplicate[key] for key in NEAR if key in recipe.deduplicate}
+        hashing = MinhashConfig(near["words"], near["buckets"], near["hashes"], hash_config=HASH)
+        signatures, pairs, clusters = (str(work / f"near-{name}") for name in ("signatures", "pairs", "clusters"))
+        drop = MinhashDedupFilter(clusters, DroppedWriter(dropped, "near", "near duplicate"), load_cluster_ids=True)
+        stages += [
+            Stage("near-sign", [take_over(), MinhashDedupSignature(signatures, hashing, language=Words())], tasks),
+            Stage("near-pair", [MinhashDedupBuckets(signatures, pairs, config=hashing)], near["buckets"]),
+            Stage("near-group", [MinhashDedupCluster(pairs, clusters, config=hashing, save_cluster_id=True)], 1),
+            Stage("near-drop", [take_over(), drop, Kept("near"), hand_over("near")], tasks),
+        ]
+        latest = "near"
+    stages.append(Stage("tally", [take_over(), Tally(str(work / "tally-deduplicated"))], tasks))
+    draw = Mixture(str(work / "tally-deduplicated"), recipe.mixture, recipe.max_repeats, recipe.seed)
+    tally = Tally(str(work / "tally-documents"))
+    stages.append(Stage("mixture", [take_over(), draw, tally, DocumentWriter(str(out / "documents"))], tasks))
+    return [*stages, Stage("report", [Report(str(out), recipe.mixture)], 1)]
+
+
+class HandedOver(PipelineStep):
+    """What the task of the same number wrote in the stage before; a task that kept nothing has written no file."""
+
+    name, type = "hand over", "curation"
+
+    def __init__(self, folder: str):
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        if Path(self.folder, f"{rank:05d}.jsonl").exists():
+            yield from JsonlReader(self.folder, glob_pattern=f"{rank:05d}.jsonl", add_file_path=False)()
+
+
+def executors_of(recipe: Recipe, out: Path, stages: Sequence[Stage]) -> list[PipelineExecutor]:
+    made: list[PipelineExecutor] = []
+    for stage in stages:
+        common = {"pipeline": stage.steps, "tasks": stage.tasks, "logging_dir": str(out / "logs" / stage.name)}
+        before = made[-1] if made else None
+        if recipe.slurm:
+            name = f"curate-{stage.name}"
+            made.append(SlurmPipelineExecutor(**common, depends=before, job_name=name, **recipe.slurm))
+        else:
+            workers = min(recipe.workers, stage.tasks)
+            made.append(LocalPipelineExecutor(**common, depends=before, workers=workers))
+    return made
+
+
+def curate(recipe: Recipe) -> Path:
+    """Run the recipe; returns the folder it wrote. On Slurm the jobs are queued, each waiting for the one before.
+
+    ValueError if the folder was begun with another recipe or other files.
+    """
+    out = Path(recipe.out).resolve()
+    _claim(recipe, out)
+    stages = stages_of(recipe, out)
+    executors = executors_of(recipe, out, stages)
+    if recipe.slurm:
+        executors[-1].run()
+        print(f"queued {len(stages)} jobs; {out / 'report.html'} is written by the last")
+        return out
+    with tqdm(total=len(stages), desc="curating", unit=" stages") as bar, open(os.devnull, "w") as nowhere:
+        for stage, executor in zip(stages, executors, strict=True):
+            bar.set_postfix_str(stage.name)
+            # datatrove logs to standard error; the same lines stand in logs/STAGE/logs.
+            with contextlib.redirect_stderr(nowhere) if executor.workers == 1 else contextlib.nullcontext():
+                executor.run()
+            bar.update()
+    return out
+
+
+def _claim(recipe: Recipe, out: Path) -> None:
+    """The folder belongs to one recipe and one state of its files: half of each would be neither."""
+    state = {name: value for name, value in vars(recipe).items() if name not in ("workers", "slurm")}
+    state["files"] = [[*file, Path(file[1]).stat().st_size] for file in recipe.files()]
+    text = json.dumps(state, indent=2, ensure_ascii=False, default=str) + "\n"
+    claimed = out / "recipe.json"
+    if claimed.exists() and claimed.read_text() != text:
+        raise ValueError(f"{out} was begun with another recipe or other files; remove it or name another `out`.")
+    if not claimed.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        claimed.write_text(text)
+
+
+class Report(PipelineStep):
+    """Writes `report.json` and `report.html` from what the stages left."""
+
+    name, type = "report", "curation"
+
+    def __init__(self, out: str, mixture: Mapping[str, float] | None):
+        super().__init__()
+        self.out, self.mixture = out, mixture
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        out = Path(self.out)
+        facts = collect(out, self.mixture)
+        for name, content in (
+            ("report.json", json.dumps(facts, indent=2, ensure_ascii=False)),
+            ("report.html", page(facts)),
+        ):
+            (out / f".{name}").write_text(content + "\n", encoding="utf-8")
+            (out / f".{name}").rename(out / name)
+
+
+def collect(out: Path, mixture: Mapping[str, float] | None) -> dict:
+    """What was read, dropped and kept, by reason and by domain, with samples."""
+    read = _counts(out / "logs" / "filter", "curation: read")
+    dropped = {folder.name: _dropped(folder) for folder in sorted((out / "dropped").glob("*"))}
+    left_out = _counts(out / "logs" / "mixture", "curation: mixture").get("dropped", 0)
+    tallies = {name: read_tally(out / "work" / f"tally-{name}") for name in ("filtered", "deduplicated", "documents")}
+    kept = [row for path in sorted((out / "documents").glob("*.jsonl"))[:SAMPLES] for row in _rows(path, 1)]
+    return {
+        "read": read,
+        "dropped": {step: found["reasons"] for step, found in dropped.items()},
+        "left_out_by_mixture": left_out,
+        "kept": {name: sum(row["documents"] for row in tally.values()) for name, tally in tallies.items()},
+        "mixture": _mixture_rows(tallies, mixture or {}),
+        "samples": {step: found["samples"] for step, found in dropped.items()} | {"kept": kept},
+    }
+
+
+def _counts(logs: Path, step: str) -> dict[str, int]:
+    """The counters of one step, summed over its tasks, as datatrove has written them."""
+    total: dict[str, int] = {}
+    for path in sorted((logs / "stats").glob("*.json")):
+        for block in json.loads(path.read_text()):
+            if block["name"] == step:
+                for name, value in block["stats"].items():
+                    total[name] = total.get(name, 0) + (value["total"] if isinstance(value, dict) else value)
+    return total
+
+
+def _dropped(folder: Path) -> dict:
+    reasons: dict[str, int] = {}
+    samples: list[dict] = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for row in _rows(path):
+            reason = row["filter_reason"]
+            reasons[reason] = reasons.get(reason, 0) + 1
+            if sum(sample["filter_reason"] == reason for sample in samples) < SAMPLES:
+                samples.append(row)
+    return {"reasons": reasons, "samples": [_shortened(row) for row in samples]}
+
+
+def _rows(path: Path, limit: int | None = None):
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file):
+            if number == limit:
+                return
+            yield json.loads(line)
+
+
+def _shortened(row: dict) -> dict:
+    return {**row, "text": row["text"][:300]}
+
+
+def _mixture_rows(tallies: Mapping[str, Mapping], mixture: Mapping[str, float]) -> list[dict]:
+    totals = {name: sum(row["characters"] for row in tally.values()) or 1 for name, tally in tallies.items()}
+    return [
+        {
+            "domain": domain,
+            **{name: tallies[name].get(domain, {}).get("characters", 0) / totals[name] for name in tallies},
+            "wanted": mixture.get(domain),
+        }
+        for domain in sorted({*mixture, *(domain for tally in tallies.values() for domain in tally)})
+    ]
+
+
+def summary(facts: Mapping) -> list[dict[str, str]]:
+    """Kept and dropped, a line each."""
+    rows = [("read", "documents", facts["read"].get("documents", 0))]
+    rows += [
+        ("read", reason, count)
+        for reason, count in sorted(facts["read"].items())
+        if reason not in ("documents", "bytes")
+    ]
+    for step, reasons in facts["dropped"].items():
+        rows += [(step, reason, count) for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
+    rows.append(("mixture", "left out", facts["left_out_by_mixture"]))
+    rows += [("kept", name, count) for name, count in facts["kept"].items()]
+    return [{"step": step, "what": what, "documents": f"{count:,}"} for step, what, count in rows]
+
+
+def mixture_table(facts: Mapping) -> list[dict[str, str]]:
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{share:.1%}"
+
+    return [
+        {"domain": row["domain"], **{k: percent(v) for k, v in row.items() if k != "domain"}}
+        for row in facts["mixture"]
+    ]
+
+
+def page(facts: Mapping) -> str:
+    pieces = [report.heading("Kept and dropped"), report.table(summary(facts))]
+    if facts["mixture"]:
+        pieces += [report.heading("Mixture, shares of characters"), report.table(mixture_table(facts))]
+    for step, samples in facts["samples"].items():
+        pieces.append(report.heading(f"Samples: {step}"))
+        for row in samples:
+            told = row.get("filter_reason") or json.dumps(row["verdicts"], ensure_ascii=False)
+            pieces += [
+                report.paragraph(f"{row['file']}, {row['position']}: {told}"),
+                report.preformatted(row["text"][:300]),
+            ]
+    return report.page("Curation", pieces)
+
+
+def run_curation(recipe: Path) -> None:
+    """`axk1 curate run`."""
+    made = Recipe.read(recipe)
+    out = curate(made)
+    if not made.slurm:
+        facts = json.loads((out / "report.json").read_text())
+        print(report.text_table(summary(facts)))
+        if facts["mixture"]:
+            print("\n" + report.text_table(mixture_table(facts)))
+        print(f"\n{out / 'documents'}\n{out / 'report.html'}")

@@ -1,0 +1,121 @@
+"""What keeps a long run alive? Spikes are seen, checkpoints are proved before they are trusted, a request to stop is heard."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import signal
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+CHECKSUMS = "checksums.json"
+CHUNK_BYTES = 1 << 22
+# Fewer losses than this say nothing about their spread.
+FEWEST_LOSSES = 16
+logger = logging.getLogger(__name__)
+
+
+class SpikeDetector:
+    """Sees a loss far above the recent ones: beyond mean + `sigmas` standard deviations of the last `window` accepted losses.
+    [OLMo 2 counts spikes so, with 7 deviations]
+
+    A spike is not accepted into the window, so that a second one right behind it is seen too. A loss that merely falls slowly
+    has a spread near 0: the deviation counts as at least `least` nats.
+    """
+
+    def __init__(self, window: int = 128, sigmas: float = 7.0, least: float = 0.02, losses: Sequence[float] = ()):
+        self.sigmas, self.least = sigmas, least
+        self.losses: deque[float] = deque(losses, maxlen=window)
+
+    def accepts(self, loss: float) -> bool:
+        """Whether the loss is no spike; if so it joins the window. Infinite and NaN losses are never accepted."""
+        if not math.isfinite(loss):
+            return False
+        if len(self.losses) >= FEWEST_LOSSES:
+            spread = max(statistics.pstdev(self.losses), self.least)
+            if loss > statistics.fmean(self.losses) + self.sigmas * spread:
+                return False
+        self.losses.append(loss)
+        return True
+
+
+class StopRequest:
+    """While entered, SIGTERM (a scheduler's notice, before it kills) only sets `heard`; afterwards the old handler is back."""
+
+    def __init__(self):
+        self.heard = False
+
+    def __enter__(self) -> "StopRequest":
+        self.before = signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def _hear(self, number, frame) -> None:
+        self.heard = True
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------------
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Flush every file of a checkpoint to the disk and write their SHA-256 beside them, last."""
+    sums = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        sums[str(path.relative_to(folder))] = sha256_of(path)
+    with (folder / CHECKSUMS).open("w") as file:
+        json.dump(sums, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a sealed checkpoint, in words; empty if every file is as it was sealed."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        return f"has no {CHECKSUMS}: its saving was interrupted"
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            return f"lacks {name}"
+        if sha256_of(path) != expected:
+            return f"has another {name} than was saved"
+    return ""
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def sound_checkpoint(output_dir: str | Path, asked: str | None) -> Path | None:
+    """The checkpoint to go on from. `asked`: None for none, a folder, or `latest`: the newest that is as it was saved, if any.
+
+    A damaged one is passed over with a warning by `latest`, and a ValueError by name.
+    """
+    if asked is None:
+        return None
+    if asked != "latest":
+        if problem := damage(Path(asked)):
+            raise ValueError(f"{asked} {problem}; go on from another checkpoint, or from latest.")
+        return Path(asked)
+    for folder in reversed(checkpoints_in(Path(output_dir))):
+        problem = damage(folder)
+        if not problem:
+            return folder
+        logger.warning("%s %s; passed over.", folder, problem)
+    return None

@@ -1,0 +1,298 @@
+"""How do files become tokens on disk? Each source once: read, tokenised, written as one memory-mapped array with its documents.
+
+A document is `text` with `metadata.domain` and `metadata.difficulty`, as curation writes it; a text file is one document. What
+cannot be read is counted by reason and told. Done once for given files and tokenizer: a folder a source, whole or not at all.
+"""
+
+import gzip
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
+# Longer texts are tokenised piece by piece: a tokenizer keeps some 100 bytes a token until it has read all of a text.
+PIECE_CHARACTERS = 1_000_000
+# Texts handed to the tokenizer at a time, which reads them in parallel.
+BATCH_CHARACTERS = 2_000_000
+UNKNOWN_DIFFICULTY = float("nan")
+DEFECTS = {
+    "empty_files": "empty files",
+    "broken_lines": "lines that are not JSON",
+    "invalid_utf8": "texts that are not UTF-8",
+    "no_text": "records without a text",
+    "empty_texts": "empty texts",
+    "long_documents": f"documents beyond {PIECE_CHARACTERS:,} characters, tokenised in pieces",
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    text: str
+    domain: str | None
+    difficulty: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source's tokens: `tokens` uint32 end to end, document i is tokens[starts[i]:starts[i + 1]], its end token included."""
+
+    name: str
+    tokens: np.ndarray
+    starts: np.ndarray
+    difficulty: np.ndarray
+    counts: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+def find_files(patterns: Sequence[str]) -> list[Path]:
+    """Files of all patterns (globs, files, folders), sorted. ValueError for a pattern without any, and for an unknown kind."""
+    found: set[Path] = set()
+    for pattern in patterns:
+        hits = [Path(hit) for hit in glob(pattern, recursive=True)]
+        files = [f for hit in hits for f in (hit.rglob("*") if hit.is_dir() else [hit]) if f.is_file()]
+        if not files:
+            raise ValueError(f"{pattern} matches no file; check the path.")
+        found.update(files)
+    for path in found:
+        if not is_known(path):
+            raise ValueError(
+                f"{path} is no .jsonl, .jsonl.gz, .parquet or text file ({', '.join(TEXT_SUFFIXES)}); leave it out."
+            )
+    return sorted(found)
+
+
+def is_known(path: Path) -> bool:
+    return path.name.endswith((".jsonl", ".jsonl.gz", ".parquet", *TEXT_SUFFIXES))
+
+
+def read_documents(path: Path, counts: Counter) -> Iterator[Document]:
+    """Documents of one file; what is not one is added to `counts` under the names of `DEFECTS`."""
+    if path.stat().st_size == 0:
+        counts["empty_files"] += 1
+        return
+    if path.suffix == ".parquet":
+        records = _parquet_records(path)
+    elif path.name.endswith((".jsonl", ".jsonl.gz")):
+        records = _json_records(path, counts)
+    else:
+        records = _text_record(path, counts)
+    for record in records:
+        if not isinstance(record, Mapping) or not isinstance(record.get("text"), str):
+            counts["no_text"] += 1
+        elif not record["text"].strip():
+            counts["empty_texts"] += 1
+        else:
+            yield _document(record)
+
+
+def _document(record: Mapping) -> Document:
+    metadata = record.get("metadata")
+    metadata = metadata if isinstance(metadata, Mapping) else {}
+    difficulty = metadata.get("difficulty")
+    known = isinstance(difficulty, (int, float)) and not isinstance(difficulty, bool)
+    return Document(record["text"], metadata.get("domain"), float(difficulty) if known else UNKNOWN_DIFFICULTY)
+
+
+def _json_records(path: Path, counts: Counter) -> Iterator[object]:
+    with (gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                counts["invalid_utf8"] += 1
+            except (json.JSONDecodeError, RecursionError):
+                counts["broken_lines"] += 1
+
+
+def _parquet_records(path: Path) -> Iterator[object]:
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} is no whole Parquet file ({error}); copy it again, or leave it out.") from error
+    for batch in file.iter_batches(batch_size=256):
+        yield from batch.to_pylist()
+
+
+def _text_record(path: Path, counts: Counter) -> Iterator[object]:
+    try:
+        yield {"text": path.read_bytes().decode("utf-8")}
+    except UnicodeDecodeError:
+        counts["invalid_utf8"] += 1
+
+
+# -- tokenising ---------------------------------------------------------------------------------------------------
+def pieces_of(text: str) -> list[str]:
+    """The text in pieces of at most PIECE_CHARACTERS, cut behind a line's end or a space where there is one."""
+    pieces, begin = [], 0
+    while len(text) - begin > PIECE_CHARACTERS:
+        limit = begin + PIECE_CHARACTERS
+        line = text.rfind("\n", begin + PIECE_CHARACTERS // 2, limit)
+        cut = line if line >= 0 else text.rfind(" ", begin + PIECE_CHARACTERS // 2, limit)
+        end = cut + 1 if cut >= 0 else limit
+        pieces.append(text[begin:end])
+        begin = end
+    return [*pieces, text[begin:]]
+
+
+class TokenWriter:
+    """Appends documents to `folder`: tokens.bin as they come, documents.npz at the end."""
+
+    def __init__(self, folder: Path, tokenizer):
+        folder.mkdir(parents=True)
+        self.folder, self.tokenizer = folder, tokenizer
+        self.file = (folder / "tokens.bin").open("wb")
+        self.lengths: list[int] = []
+        self.difficulty: list[float] = []
+        self.counts: Counter = Counter()
+        self.waiting: list[Document] = []
+        self.waiting_characters = 0
+
+    def add(self, document: Document) -> None:
+        self.waiting.append(document)
+        self.waiting_characters += len(document.text)
+        if self.waiting_characters >= BATCH_CHARACTERS:
+            self.flush()
+
+    def flush(self) -> None:
+        short = [d.text for d in self.waiting if len(d.text) <= PIECE_CHARACTERS]
+        encoded = iter(self.encode(short)) if short else iter(())
+        for document in self.waiting:
+            if len(document.text) <= PIECE_CHARACTERS:
+                written = self.write([next(encoded)])
+            else:
+                self.counts["long_documents"] += 1
+                written = self.write(self.encode([piece])[0] for piece in pieces_of(document.text))
+            self.lengths.append(written)
+            self.difficulty.append(document.difficulty)
+        self.waiting, self.waiting_characters = [], 0
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+
+    def write(self, parts: Iterable[list[int]]) -> int:
+        written = 0
+        for part in (*parts, [self.tokenizer.eos_token_id]):
+            np.asarray(part, dtype=np.uint32).tofile(self.file)
+            written += len(part)
+        return written
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+        starts = np.concatenate(([0], np.cumsum(np.asarray(self.lengths, dtype=np.int64))))
+        difficulty = np.asarray(self.difficulty, dtype=np.float32)
+        np.savez(self.folder / "documents.npz", starts=starts, difficulty=difficulty)
+        (self.folder / "counts.json").write_text(json.dumps(dict(self.counts)))
+
+
+def prepare(
+    folder: Path, tokenizer, sources: Mapping[str, Sequence[str]], shared: Sequence[str] = ()
+) -> dict[str, Source]:
+    """Tokens of every source under `folder`, made unless an earlier run made them of the same files.
+
+    sources: name -> its files, or none: then those documents of `shared` whose metadata.domain is the name.
+    ValueError for a source without any document, and for a tokenizer without an end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no end-of-text token to part documents by; set eos_token.")
+    own = {name: find_files(files) for name, files in sources.items() if files}
+    by_domain = [name for name, files in sources.items() if not files]
+    if by_domain and not shared:
+        raise ValueError(f"The source {by_domain[0]!r} has no files; list them under sources, or give --data.")
+    ready = {name: made(folder, tokenizer, [name], files, by_domain=False)[name] for name, files in own.items()}
+    if by_domain:
+        ready |= made(folder, tokenizer, by_domain, find_files(shared), by_domain=True)
+    return {name: ready[name] for name in sources}
+
+
+def made(folder: Path, tokenizer, names: Sequence[str], files: Sequence[Path], by_domain: bool) -> dict[str, Source]:
+    """These sources of these files: opened if they are there already, else written first."""
+    mark = fingerprint(tokenizer, files, names)
+    targets = {name: folder / f"{slug(name)}-{mark}" for name in names}
+    if not all(target.is_dir() for target in targets.values()):
+        write_sources(targets, files, tokenizer, by_domain)
+    return {name: open_source(name, target) for name, target in targets.items()}
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def fingerprint(tokenizer, files: Sequence[Path], names: Sequence[str]) -> str:
+    """Changes with the files' paths, sizes and times, the tokenizer, and the sources that they are dealt to."""
+    marks = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    seen = json.dumps([marks, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, sorted(names)])
+    return hashlib.sha256(seen.encode()).hexdigest()[:16]
+
+
+def write_sources(targets: Mapping[str, Path], files: Sequence[Path], tokenizer, by_domain: bool) -> None:
+    """Read the files once and deal each document to its source; only whole folders get their names."""
+    unfinished = {name: target.with_name(target.name + ".unfinished") for name, target in targets.items()}
+    for path in unfinished.values():
+        shutil.rmtree(path, ignore_errors=True)
+    writers = {name: TokenWriter(path, tokenizer) for name, path in unfinished.items()}
+    counts: Counter = Counter()
+    total = sum(path.stat().st_size for path in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenising {', '.join(targets)}") as bar:
+        for path in files:
+            for document in read_documents(path, counts):
+                name = document.domain if by_domain else next(iter(targets))
+                if name in writers:
+                    writers[name].add(document)
+                else:
+                    counts["other_domains"] += 1
+            bar.update(path.stat().st_size)
+    for name, writer in writers.items():
+        writer.counts.update(counts)
+        writer.close()
+        if not writer.lengths:
+            raise ValueError(
+                f"The source {name!r} has no document in {len(files)} files ({told(counts) or 'nothing to read'}); add some."
+            )
+    for name, path in unfinished.items():
+        shutil.rmtree(targets[name], ignore_errors=True)
+        path.rename(targets[name])
+
+
+def open_source(name: str, folder: Path) -> Source:
+    with np.load(folder / "documents.npz", allow_pickle=False) as documents:
+        starts, difficulty = documents["starts"], documents["difficulty"]
+    tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
+    if len(tokens) != starts[-1]:
+        raise ValueError(f"{folder} holds {len(tokens):,} tokens and documents of {starts[-1]:,}; delete it and run again.")
+    return Source(name, tokens, starts, difficulty, json.loads((folder / "counts.json").read_text()))
+
+
+def told(counts: Mapping[str, int]) -> str:
+    """What was wrong with the files, in words; empty if nothing was."""
+    words = DEFECTS | {"other_domains": "documents of other domains"}
+    return ", ".join(f"{counts[name]:,} {what}" for name, what in words.items() if counts.get(name))
+
+
+def described(sources: Mapping[str, Source]) -> list[dict[str, str]]:
+    """A table row a source."""
+    return [
+        {
+            "source": name,
+            "documents": f"{len(source):,}",
+            "tokens": f"{len(source.tokens):,}",
+            "longest": f"{int(np.diff(source.starts).max()):,}",
+            "what was wrong": told(source.counts) or "-",
+        }
+        for name, source in sources.items()
+    ]
