@@ -121,9 +121,10 @@ class PretrainTrainer(Trainer):
         if narrow:
             raise ValueError(f"The model has {narrow.pop()} weights and training needs fp32 masters; load it in fp32, set bf16.")
         self.curriculum = curriculum
+        # Before the steps: it refuses what the data cannot last for, which would be laid out for minutes.
+        self.packer = Packer(curriculum, sources, args.seed)
         self.steps = list(plan_steps(curriculum, args.gradient_accumulation_steps * args.world_size))
         args.max_steps = len(self.steps)
-        self.packer = Packer(curriculum, sources, args.seed)
         self.batches = Batches(
             self.packer,
             self.steps,
