@@ -44,8 +44,8 @@ HELD_OUT_ROWS = 64
 SPIKE_FACTOR, SPIKE_WINDOW = 3.0, 50
 # Ten times the report's: some hundred steps of a thousandth would not reach the spread of the scores.
 BALANCE_RATE = 1e-2
-# Files of the standard library, from the first in order of name; enough for every experiment, and read in seconds.
-CODE_FILES = 500
+# Files of the standard library and topics of its reference, from the first in order of name: enough, and read in seconds.
+FILES = 500
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,18 @@ class Text:
 
 
 # -- text ---------------------------------------------------------------------------------------------------------
-def read_machine(gsm8k: Path, code_files: int = CODE_FILES) -> list[dict[str, str]]:
+def read_machine(gsm8k: Path, files: int = FILES) -> list[dict[str, str]]:
     """Documents with text, id and domain."""
     documents = []
     library = Path(sysconfig.get_paths()["stdlib"])
-    files = [p for p in sorted(library.rglob("*.py")) if not {"site-packages", "test"} & set(p.parts) and p.stat().st_size]
-    for path in files[:code_files]:
+    code = [p for p in sorted(library.rglob("*.py")) if not {"site-packages", "test"} & set(p.parts) and p.stat().st_size]
+    for path in code[:files]:
         source = path.read_text(encoding="utf-8", errors="replace")
         documents.append({"domain": "code", "id": path.name, "text": source})
         documents += [{"domain": "docs", "id": f"{path.name}:{n}", "text": doc} for n, doc in enumerate(docstrings(source))]
     from pydoc_data.topics import topics
 
-    documents += [{"domain": "docs", "id": name, "text": text} for name, text in sorted(topics.items())]
+    documents += [{"domain": "docs", "id": name, "text": text} for name, text in sorted(topics.items())[:files]]
     with gsm8k.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     documents += [{"domain": "maths", "id": f"gsm8k:{n}", "text": f"{r['question']}\n{r['answer']}"} for n, r in enumerate(rows)]
@@ -110,9 +110,9 @@ def make_text(folder: Path, documents: Sequence[Mapping[str, str]]) -> dict:
     return {"documents": len(documents), "vocab_size": len(tokenizer)}
 
 
-def open_text(out: Path, gsm8k: Path, code_files: int = CODE_FILES) -> Text:
+def open_text(out: Path, gsm8k: Path, files: int = FILES) -> Text:
     """Made once in `out`, shared by every experiment there."""
-    made = run_stage(out, "text", lambda folder: make_text(folder, read_machine(gsm8k, code_files)))
+    made = run_stage(out, "text", lambda folder: make_text(folder, read_machine(gsm8k, files)))
     tokenizer = AutoTokenizer.from_pretrained(out / "text/tokenizer")
     wanted = {name: () for name in DOMAINS}
     train, held_out = (
@@ -223,7 +223,7 @@ def options_parser(description: str, tokens: int) -> argparse.ArgumentParser:
     parser.set_defaults(out=Path("runs/pretraining"))
     parser.add_argument("--gsm8k", type=Path, required=True, metavar="FILE.jsonl", help="GSM8K's training lines")
     parser.add_argument("--tokens", type=int, default=tokens, help="of each training (default: %(default)s)")
-    parser.add_argument("--code-files", type=int, default=CODE_FILES, help="of the standard library (default: %(default)s)")
+    parser.add_argument("--files", type=int, default=FILES, help="of the standard library, and topics (default: %(default)s)")
     return parser
 
 
@@ -232,7 +232,7 @@ def run_cells(
 ) -> dict[str, list[dict]]:
     """Every cell in every seed: work(folder, text, tokens, seed) -> what was measured. {cell: a measurement a seed}."""
     torch.set_num_threads(options.threads)
-    text = open_text(options.out, options.gsm8k, options.code_files)
+    text = open_text(options.out, options.gsm8k, options.files)
     tokens = max(round(options.tokens * options.scale), 2 * BATCH_ROWS * CONTEXT)
     measured: dict[str, list[dict]] = {}
     for seed in options.seeds:
