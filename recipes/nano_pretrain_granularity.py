@@ -43,7 +43,9 @@ def shape(granularity: int, times: int = 4) -> dict[str, int]:
 def work(folder, text, tokens, seed, *, granularity: int, times: int, balanced: bool) -> dict:
     config = model_config(text, **shape(granularity, times))
     rate = BALANCE_RATE if balanced else 0.0
-    return train_cell(folder, text, config, plain_stages(tokens, MIXTURE), seed, balance_rate=rate)
+    measured = train_cell(folder, text, config, plain_stages(tokens, MIXTURE), seed, balance_rate=rate)
+    # Every token to the same experts.
+    return measured | {"worst_violation": config.n_routed_experts / config.num_experts_per_tok - 1}
 
 
 def row(name: str, cells: list[dict]) -> dict[str, str]:
@@ -52,6 +54,7 @@ def row(name: str, cells: list[dict]) -> dict[str, str]:
         "cell": name,
         "held-out loss": held_out_shown(cells),
         "MaxVio, last fifth": over_seeds([sum(c["max_violation"][-n:]) / n for c, n in zip(cells, tail)]),
+        "MaxVio at worst": f"{cells[0]['worst_violation']:.3g}",
         "dead experts, last fifth": over_seeds([sum(c["dead_experts"][-n:]) / n for c, n in zip(cells, tail)]),
         "gradient-norm spikes": over_seeds([spikes(cell["grad_norm"]) for cell in cells]),
         "FLOPs a token": f"{cells[0]['flops_a_token']:.4g}",
