@@ -196,6 +196,17 @@ class PretrainTrainer(Trainer):
         self._micro.append((loss, inputs))
         return loss
 
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        # The language loss is a sum over the step's tokens, right however they are shared; the balance loss is a mean, which the
+        # model adds once a micro-batch and rank.
+        config = self.model.config
+        whole = config.router_aux_loss_coef
+        config.router_aux_loss_coef = whole / (self.args.gradient_accumulation_steps * self.args.world_size)
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            config.router_aux_loss_coef = whole
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             step = self.steps[self.state.global_step - 1]

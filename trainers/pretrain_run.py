@@ -36,6 +36,10 @@ class PretrainArguments:
     )
     scale: float = field(default=1.0, metadata={"help": "Factor on all tokens; contexts and batches shrink where they must."})
     dual_norm: bool = field(default=True, metadata={"help": "Norm on the MoE output too (dual normalization), for new weights."})
+    balance_loss: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the sequence-wise balance loss [DeepSeek-V3: 1e-4] beside the bias; default: the config's."},
+    )
     prepared: str | None = field(default=None, metadata={"help": "Where tokens are kept; default: output_dir/tokens."})
 
 
@@ -98,6 +102,8 @@ def build_model(arguments: PretrainArguments, tokenizer, seed: int):
         else:
             config = AutoConfig.from_pretrained(arguments.model, **changes)
         model = AxK1ForCausalLM(config)
+    if arguments.balance_loss is not None:
+        model.config.router_aux_loss_coef = arguments.balance_loss
     if model.config.vocab_size < len(tokenizer):
         raise ValueError(
             f"The model has {model.config.vocab_size:,} embeddings and the tokenizer {len(tokenizer):,} tokens; use the model's "

@@ -41,7 +41,7 @@ def small(monkeypatch):
 
 
 def arguments(out, gsm8k):
-    return ["--out", str(out), "--gsm8k", str(gsm8k), "--files", "12", "--seeds", "3", "--threads", "1", "--tokens", "600"]
+    return ["--out", str(out), "--gsm8k", str(gsm8k), "--files", "60", "--seeds", "3", "--threads", "1", "--tokens", "600"]
 
 
 def tables_of(out, name):

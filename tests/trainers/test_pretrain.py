@@ -130,6 +130,20 @@ def test_accumulation_gives_the_same_numbers(straight, tmp_path):
     assert losses(parts) == pytest.approx(losses(truth), abs=2e-5)
 
 
+def test_the_balance_loss_counts_once_a_step_however_it_is_split(straight, tmp_path):
+    table = {"stages": [STAGES["stages"][0] | {"tokens": 128}]}
+    runs = []
+    for accumulation in (1, 4):
+        trainer = trainer_of(tmp_path, table, gradient_accumulation_steps=accumulation, save_strategy="no")
+        trainer.model.config.router_aux_loss_coef = 0.5
+        trainer.train()
+        runs.append(losses(trainer))
+        assert trainer.model.config.router_aux_loss_coef == 0.5
+    assert runs[1] == pytest.approx(runs[0], abs=1e-5)
+    # Near balance it adds about its weight.
+    assert runs[0][0] - losses(straight[0])[0] == pytest.approx(0.5, abs=0.1)
+
+
 def test_recomputation_gives_the_same_numbers(straight, tmp_path):
     truth, _ = straight
     for kind in ("selective", "full"):

@@ -145,8 +145,8 @@ def test_settings_of_the_file_are_overridden_by_flags(files, tmp_path):
         "model": str(files / "config"), "tokenizer": "nowhere", "stages": [STAGE],
         "settings": {"learning_rate": 0.5, "optimizer": "muon", "balance_rate": 0},
     }  # fmt: skip
-    more = ("--scale", "1", "--dual_norm", "false", "--save_strategy", "no")
+    more = ("--scale", "1", "--dual_norm", "false", "--balance_loss", "1e-4", "--save_strategy", "no")
     trainer = run_pretrain(refused(files, tmp_path, *more, table=table))
     assert trainer.args.learning_rate == 1e-2 and trainer.args.optimizer == "muon" and trainer.args.balance_rate == 0
     config = AxK1Config.from_pretrained(tmp_path / "run")
-    assert not config.post_mlp_norm
+    assert not config.post_mlp_norm and config.router_aux_loss_coef == 1e-4
