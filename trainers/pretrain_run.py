@@ -119,7 +119,8 @@ def run_pretrain(settings: Sequence[str]) -> PretrainTrainer:
     tokenizer = load_tokenizer(arguments)
     names = sorted({name for stage in curriculum.stages for name in stage.mixture})
     wanted = {name: curriculum.sources.get(name, ()) for name in names}
-    with config.main_process_first(desc="tokenising"):
+    # One process over all machines: the tokens lie beside the checkpoints, on a disk that they share.
+    with config.main_process_first(local=False, desc="tokenising"):
         sources = prepare(Path(arguments.prepared or f"{config.output_dir}/tokens"), tokenizer, wanted, arguments.data)
     if config.process_index == 0:
         print(f"{report.text_table(described(sources))}\n")
