@@ -112,7 +112,9 @@ def peaks_in_fresh_processes(options) -> dict[str, int]:
 
 def main() -> None:
     parser = options_parser(__doc__, rounds=5)
-    parser.add_argument("--size", choices=SIZES, default="wide", help="64 experts, top-8: of 512 x 256 or 1024 x 512; or tiny")
+    parser.add_argument(
+        "--size", choices=SIZES, default="wide", help="64 experts, top-8: of 512 x 256 or 1024 x 512; or tiny"
+    )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)

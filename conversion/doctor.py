@@ -68,7 +68,9 @@ class Diagnosis:
     findings: tuple[Finding, ...]
 
     def errors(self, engine: str | None = None) -> list[Finding]:
-        return [each for each in self.findings if each.severity == "error" and (engine is None or engine in each.breaks)]
+        return [
+            each for each in self.findings if each.severity == "error" and (engine is None or engine in each.breaks)
+        ]
 
     def json(self) -> str:
         verdict = {engine: len(self.errors(engine)) for engine in ENGINES}
@@ -205,7 +207,9 @@ def check_rope(said: dict, config: AxK1Config) -> Iterator[Finding]:
     if kind == "yarn":
         reach = rope.get("factor", 0) * rope.get("original_max_position_embeddings", 0)
         if reach != config.max_position_embeddings:
-            fact = f"YaRN reaches {reach:,.0f} positions, max_position_embeddings says {config.max_position_embeddings:,}"
+            fact = (
+                f"YaRN reaches {reach:,.0f} positions, max_position_embeddings says {config.max_position_embeddings:,}"
+            )
             yield Finding("warning", ALL, fact, "make factor x original_max_position_embeddings equal to it")
     elif config.max_position_embeddings > AxK1Config.max_position_embeddings:
         fact = f"max_position_embeddings is {config.max_position_embeddings:,} and rope_parameters has no YaRN"
@@ -260,7 +264,9 @@ def check_tensors(config: AxK1Config, tensors: Mapping[str, TensorSpec]) -> Iter
     yield from check_extra(config, extra)
     if wrong:
         remedy = "correct the config, or cut padding off (axk1 convert does, for a padded vocabulary)"
-        yield Finding("error", ALL, f"{len(wrong)} tensors have other shapes than the config: {listed(wrong, 4)}", remedy)
+        yield Finding(
+            "error", ALL, f"{len(wrong)} tensors have other shapes than the config: {listed(wrong, 4)}", remedy
+        )
 
 
 def with_memory_names(
@@ -287,7 +293,9 @@ def with_memory_names(
 
 def check_tied(stored: bool) -> Iterator[Finding]:
     if stored:
-        fact = "tie_word_embeddings is true and lm_head.weight is stored: transformers ties them only where they are equal"
+        fact = (
+            "tie_word_embeddings is true and lm_head.weight is stored: transformers ties them only where they are equal"
+        )
         yield Finding("warning", ALL, fact, "write tie_word_embeddings false")
     else:
         fact = "tie_word_embeddings is true and lm_head.weight is not stored: vLLM has a head of its own that nothing fills"
@@ -323,8 +331,12 @@ def check_missing(config: AxK1Config, missing: list[str]) -> Iterator[Finding]:
         )
         yield Finding("error", VLLM, fact, "load it with this library and save it again: zeros are written")
     if drafts:
-        fact = f"{len(drafts)} tensors of the prediction layers are missing: {listed(drafts, 4)}; the draft is not whole"
-        yield Finding("error", VLLM, fact, "fetch or convert them whole, or remove them and write num_nextn_predict_layers 0")
+        fact = (
+            f"{len(drafts)} tensors of the prediction layers are missing: {listed(drafts, 4)}; the draft is not whole"
+        )
+        yield Finding(
+            "error", VLLM, fact, "fetch or convert them whole, or remove them and write num_nextn_predict_layers 0"
+        )
     if others:
         fact = (
             f"{len(others)} tensors that the config asks for are missing: {listed(others, 4)}; transformers itself draws "
@@ -357,7 +369,9 @@ def check_extra(config: AxK1Config, extra: Iterable[str]) -> Iterator[Finding]:
 def check_dtypes(said: dict, tensors: Mapping[str, TensorSpec]) -> Iterator[Finding]:
     rounded = [t.name for t in tensors.values() if t.name.endswith(ROUTER_BIAS) and t.dtype != torch.float32]
     if rounded:
-        fact = f"{len(rounded)} router biases are {tensors[rounded[0]].dtype_name}, not fp32: near ties route differently"
+        fact = (
+            f"{len(rounded)} router biases are {tensors[rounded[0]].dtype_name}, not fp32: near ties route differently"
+        )
         yield Finding("warning", ALL, fact, "save them in fp32, as this library does")
     weights = [tensor for tensor in tensors.values() if not tensor.name.endswith(ROUTER_BIAS)]
     packed = sorted({t.dtype_name for t in weights if t.dtype.itemsize == 1 or not t.dtype.is_floating_point})
@@ -423,7 +437,9 @@ def check_tags(tokenizer) -> Iterator[Finding]:
 
 def check_template(tokenizer) -> Iterator[Finding]:
     if tokenizer.chat_template is None:
-        yield Finding("warning", ALL, "there is no chat template: chat requests are refused", "save the tokenizer with one")
+        yield Finding(
+            "warning", ALL, "there is no chat template: chat requests are refused", "save the tokenizer with one"
+        )
         return
     for thinking, tag in ((True, THINK), (False, END_THINK)):
         try:
@@ -444,7 +460,9 @@ def check_template(tokenizer) -> Iterator[Finding]:
         yield Finding("warning", VLLM + ("SGLang",), fact, "save the template without the markers")
     if getattr(tokenizer, "response_template", None) is None:
         fact = "there is no response template: `transformers serve` returns the thought inside the answer"
-        yield Finding("warning", ("transformers",), fact, "set tokenizer.response_template (trainers.tokenizer has one)")
+        yield Finding(
+            "warning", ("transformers",), fact, "set tokenizer.response_template (trainers.tokenizer has one)"
+        )
 
 
 def check_generation(folder: Path, config: AxK1Config, tokenizer) -> Iterator[Finding]:
@@ -473,7 +491,9 @@ def check_generation(folder: Path, config: AxK1Config, tokenizer) -> Iterator[Fi
             severity = "error" if name in generation else "warning"
             remedy = "set_thinking_tokens(model.generation_config, tokenizer), then save"
             yield Finding(severity, ("transformers",), fact + ": generate(enable_thinking=...) needs it", remedy)
-    ids = {f"eos_token_id {each}": each for each in stops} | {f"pad_token_id {config.pad_token_id}": config.pad_token_id}
+    ids = {f"eos_token_id {each}": each for each in stops} | {
+        f"pad_token_id {config.pad_token_id}": config.pad_token_id
+    }
     outside = [name for name, each in ids.items() if each is not None and not 0 <= each < config.vocab_size]
     if outside:
         fact = f"{', '.join(outside)} lies outside the vocabulary of {config.vocab_size:,}"
@@ -489,7 +509,9 @@ def text_of(diagnosis: Diagnosis) -> str:
         lines.append(f"         -> {each.remedy}")
     lines.append("")
     for engine in ENGINES:
-        said = [sum(each.severity == kind and engine in each.breaks for each in diagnosis.findings) for kind in SEVERITIES]
+        said = [
+            sum(each.severity == kind and engine in each.breaks for each in diagnosis.findings) for kind in SEVERITIES
+        ]
         state = "broken" if said[0] else "works, with less" if said[1] else "works"
         lines.append(f"{engine:<13} {state:<17} {said[0]} errors, {said[1]} warnings")
     return "\n".join(lines)

@@ -67,7 +67,9 @@ class Push:
         }
 
 
-def plan_push(folder: str | Path, repo: str, settings: CardSettings | None = None, *, remote_code: bool = False) -> Push:
+def plan_push(
+    folder: str | Path, repo: str, settings: CardSettings | None = None, *, remote_code: bool = False
+) -> Push:
     """All that `push_to_hub` would send; nothing is written or sent.
 
     remote_code: add this library's model files, for `trust_remote_code=True` where it is not installed.
@@ -113,9 +115,7 @@ def push_to_hub(
     url = api.create_repo(repo, private=private, exist_ok=True)
     with TemporaryDirectory() as staged:
         stage(push, Path(staged))
-        api.upload_folder(
-            repo_id=repo, folder_path=staged, commit_message="Push by axk1", delete_patterns=list(STALE)
-        )
+        api.upload_folder(repo_id=repo, folder_path=staged, commit_message="Push by axk1", delete_patterns=list(STALE))
     return str(url)
 
 
@@ -244,7 +244,12 @@ def sections(repo: str, said: dict, data: ModelCardData, settings: CardSettings,
 
 def summary(config: AxK1Config, data: ModelCardData) -> str:
     counts = count_parameters(config)
-    kind = {"finetune": "Fine-tuned from", "quantized": "A quantisation of", "merge": "A merge of", "adapter": "An adapter for"}
+    kind = {
+        "finetune": "Fine-tuned from",
+        "quantized": "A quantisation of",
+        "merge": "A merge of",
+        "adapter": "An adapter for",
+    }
     base = data.get("base_model")
     base = ", ".join(base if isinstance(base, list) else [base]) if base else None
     from_where = f" {kind[data.get('base_model_relation')]} {base}." if base else ""
@@ -310,7 +315,9 @@ def text_of_push(push: Push) -> str:
     sizes = push.sizes()
     written = {name for name, source in push.files.items() if isinstance(source, bytes)}
     lines = [f"{push.repo}:"]
-    lines += [f"  {name:<44}{size:>18,} bytes{'  (written for it)' * (name in written)}" for name, size in sizes.items()]
+    lines += [
+        f"  {name:<44}{size:>18,} bytes{'  (written for it)' * (name in written)}" for name, size in sizes.items()
+    ]
     lines += [f"{len(sizes)} files, {sum(sizes.values()):,} bytes ({sum(sizes.values()) / 1e9:,.2f} GB)", ""]
     lines += [f"{each.severity}: {each.fact} -> {each.remedy}" for each in push.diagnosis.findings]
     return "\n".join([*lines, "", "README.md:", push.card])

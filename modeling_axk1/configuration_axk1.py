@@ -406,7 +406,9 @@ def count_flops(
     }
     if mtp and config.num_nextn_predict_layers:
         # A layer of the last one's kind, the joining projection, the head once more.
-        kind = ("shared_experts", "routed_experts", "router") if config.mlp_layer_types[-1] == "sparse" else ("dense_mlp",)
+        kind = (
+            ("shared_experts", "routed_experts", "router") if config.mlp_layer_types[-1] == "sparse" else ("dense_mlp",)
+        )
         block = sum(parts[name] // layers for name in ("attention_projections", "latent_expansion", "attention_core"))
         block += sum(parts[name] // config.mlp_layer_types.count(config.mlp_layer_types[-1]) for name in kind)
         join = 2 * tokens * 2 * hidden * hidden

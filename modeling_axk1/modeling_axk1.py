@@ -342,7 +342,9 @@ class AxK1Attention(nn.Module):
         if Q == 1 and not eager and steps_on_kernels(q_absorbed, q_rope, latent_BSL, k_rope_BSD):
             mask = spelled_out(attention_mask, latent_BSL)
             mask_BS = None if mask is None else mask[:, 0, -1].expand(B, -1)
-            context = attend_latents_op(q_absorbed[:, :, 0], q_rope[:, :, 0], latent_BSL, k_rope_BSD, mask_BS, self.scaling)
+            context = attend_latents_op(
+                q_absorbed[:, :, 0], q_rope[:, :, 0], latent_BSL, k_rope_BSD, mask_BS, self.scaling
+            )
             return (context[:, :, None] @ w_value.mT).transpose(1, 2), None
         q_absorbed = q_absorbed.reshape(B, N * Q, -1)
         # The long matrix on the left: with it transposed on the right, CPU matmuls take up to twice as long.

@@ -50,7 +50,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=1, help="ranks that share each matrix; they see the same prompt")
     parser.add_argument("--ep", type=int, default=1, help="ranks that share the experts: tp, or tp times fsdp")
     parser.add_argument("--pp", type=int, default=1, help="ranks that share the layers, one after another")
-    parser.add_argument("--fsdp", type=int, default=1, help="ranks that share what tp and ep left, gathered a layer at a time")
+    parser.add_argument(
+        "--fsdp", type=int, default=1, help="ranks that share what tp and ep left, gathered a layer at a time"
+    )
     parser.add_argument("--prompt", default="What is 2 + 3?")
     parser.add_argument("--think", action="store_true", help="think first (default: answer at once)")
     parser.add_argument("--max-new-tokens", type=int, default=256)

@@ -66,7 +66,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("text", metavar="TEXT", help="a file of plain text, UTF-8")
     parser.add_argument("out", metavar="OUT", help="where the trained model goes, on a file system that all ranks see")
     parser.add_argument("--batch", type=int, default=16, help="rows a step")
-    parser.add_argument("--micro-batches", type=int, default=16, help="pieces of a step; as many as ranks, better 4 times")
+    parser.add_argument(
+        "--micro-batches", type=int, default=16, help="pieces of a step; as many as ranks, better 4 times"
+    )
     parser.add_argument("--length", type=int, default=1024, help="tokens a row")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=1e-5, help="AdamW's learning rate")

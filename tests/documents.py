@@ -42,4 +42,6 @@ def session_in(text: str) -> list[tuple[list[str], str]]:
     """A terminal session: the words behind each `$ `, and the output shown below."""
     steps = re.split(r"^\$ ", text.replace("\\\n", " "), flags=re.MULTILINE)
     assert not steps[0].strip(), f"a session begins with its first command: {text}"
-    return [(shlex.split(command, comments=True), shown) for command, _, shown in (s.partition("\n") for s in steps[1:])]
+    return [
+        (shlex.split(command, comments=True), shown) for command, _, shown in (s.partition("\n") for s in steps[1:])
+    ]

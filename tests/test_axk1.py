@@ -33,7 +33,9 @@ def test_merge(tmp_path, capsys):
 def test_merge_sweep_goes_on_behind_what_is_finished(tmp_path, capsys):
     arguments = ["merge", *models(tmp_path), str(tmp_path / "sweep"), "--alphas", "0.5", "1"]
     assert axk1.main(arguments) == 0
-    merged = {path.name: load_file(path / "model.safetensors")["w"][0].item() for path in (tmp_path / "sweep").iterdir()}
+    merged = {
+        path.name: load_file(path / "model.safetensors")["w"][0].item() for path in (tmp_path / "sweep").iterdir()
+    }
     assert merged == {"alpha-0.5": 2.0, "alpha-1": 1.0}
     shutil.rmtree(tmp_path / "sweep" / "alpha-1")
     capsys.readouterr()

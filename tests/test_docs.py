@@ -187,7 +187,11 @@ def test_the_reference_holds_every_public_name(site):
 @pytest.mark.parametrize(
     "complaints",
     [
-        {"[there](nowhere.md)": "nowhere.md", "[there](index.md#below)": "#below", "[there][trainers.gone]": "trainers.gone"},
+        {
+            "[there](nowhere.md)": "nowhere.md",
+            "[there](index.md#below)": "#below",
+            "[there][trainers.gone]": "trainers.gone",
+        },
         {"::: trainers.lost": "trainers.lost"},
     ],
     ids=["links", "module"],

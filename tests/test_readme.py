@@ -25,7 +25,9 @@ def test_snippet_runs(number, tmp_path, monkeypatch):
 
 def test_the_first_block_is_the_two_commands_and_the_tree_is_there():
     assert [" ".join(words) for words in commands_in(BLOCKS[0].text)] == ["make demo", "make test"]
-    tree = re.search(r"## Where things are\n+```\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    tree = re.search(
+        r"## Where things are\n+```\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
     assert all((ROOT / line.split()[0]).exists() for line in tree[1].splitlines())
 
 

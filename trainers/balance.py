@@ -61,7 +61,9 @@ class BalanceCallback(TrainerCallback):
             raise ValueError("The model has no router to balance; it has no sparse layer.")
         if rate_now() > 0 and any(router.e_score_correction_bias is None for router in self.routers.values()):
             raise ValueError("The routers have no bias to balance by; use topk_method='noaux_tc', or a bias rate of 0.")
-        self.step_load = torch.zeros(len(self.routers), next(iter(self.routers.values())).expert_load.numel(), dtype=torch.int64)
+        self.step_load = torch.zeros(
+            len(self.routers), next(iter(self.routers.values())).expert_load.numel(), dtype=torch.int64
+        )
         self.window, self.total = self.step_load.clone(), self.step_load.clone()
 
     def count(self) -> None:

@@ -108,11 +108,17 @@ def load_curriculum(path: str | Path, scale: float = 1.0) -> Curriculum:
 
 def read_curriculum(table: Mapping[str, Any], scale: float = 1.0) -> Curriculum:
     if not isinstance(table, Mapping) or not isinstance(table.get("stages"), list) or not table["stages"]:
-        raise ValueError("The curriculum has no list `stages`; give one entry a stage, with name, tokens, context and mixture.")
+        raise ValueError(
+            "The curriculum has no list `stages`; give one entry a stage, with name, tokens, context and mixture."
+        )
     table = {name: value for name, value in table.items() if name not in ("model", "tokenizer", "settings")}
     stages = tuple(_stage(row, number) for number, row in enumerate(table.pop("stages")))
     numbers = {name: _count(table, name) for name in ("warmup_tokens",) if name in table}
-    given = {**table, **numbers, "sources": {name: _names(files) for name, files in (table.get("sources") or {}).items()}}
+    given = {
+        **table,
+        **numbers,
+        "sources": {name: _names(files) for name, files in (table.get("sources") or {}).items()},
+    }
     curriculum = Curriculum(stages=stages, **_known(given, Curriculum, "the curriculum"))
     check(curriculum)
     return scaled(curriculum, scale)
@@ -129,7 +135,9 @@ def _stage(row: Mapping[str, Any], number: int) -> Stage:
     levels = [_known(level if isinstance(level, Mapping) else {"length": level}, Level, name) for level in context]
     if levels and not any("share" in level for level in levels):
         levels = [{**level, "share": 1.0 / len(levels)} for level in levels]
-    counts = {k: _count(row, k) for k in ("tokens", "batch_tokens", "batch_tokens_start", "batch_ramp_tokens") if k in row}
+    counts = {
+        k: _count(row, k) for k in ("tokens", "batch_tokens", "batch_tokens_start", "batch_ramp_tokens") if k in row
+    }
     mixture = {source: float(share) for source, share in row["mixture"].items()}
     total = sum(mixture.values())
     if row.get("normalise_mixture") and total > 0:
@@ -196,7 +204,9 @@ def check_stage(stage: Stage) -> None:
         raise ValueError(f"Stage {stage.name!r} has {stage.tokens} tokens; give 1 or more.")
     for name, value, allowed in (("phase", stage.phase, PHASES), ("order", stage.order, ORDERS)):
         if value not in allowed:
-            raise ValueError(f"{name}={value!r} of stage {stage.name!r} does not exist; use one of {', '.join(allowed)}.")
+            raise ValueError(
+                f"{name}={value!r} of stage {stage.name!r} does not exist; use one of {', '.join(allowed)}."
+            )
     longest = max(level.length for level in stage.context)
     smallest = min(stage.batch_tokens, stage.batch_tokens_start or stage.batch_tokens)
     if min(level.length for level in stage.context) < 2 or longest > smallest:
@@ -238,7 +248,8 @@ def scaled(curriculum: Curriculum, scale: float) -> Curriculum:
                 for level in s.context
             ),
             batch_tokens=s.batch_tokens >> smaller,
-            batch_tokens_start=s.batch_tokens_start and max(s.batch_tokens_start >> smaller, s.context[-1].length >> shorter),
+            batch_tokens_start=s.batch_tokens_start
+            and max(s.batch_tokens_start >> smaller, s.context[-1].length >> shorter),
         )
         for s in stages
     ]

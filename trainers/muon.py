@@ -22,7 +22,9 @@ def matrices_of(name: str, parameter: Tensor) -> list[Tensor]:
     return [part for expert in parameter for part in expert.chunk(halves)]
 
 
-def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+def split_parameters(
+    model: nn.Module,
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Trained parameters by name: plain matrices, stacked experts, all others."""
     stacked_ids = {id(p) for m in model.modules() if isinstance(m, AxK1Experts) for p in m.parameters()}
     other_modules = (nn.Embedding, AxK1TopkRouter)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainers.token_store import Source
 from trainers.curriculum import Curriculum, Step
+from trainers.token_store import Source
 
 IGNORED = -100
 
@@ -140,7 +140,12 @@ class Packer:
 
     def state(self) -> dict[str, Any]:
         readers = {name: reader.state() for name, reader in self.readers.items()}
-        return {"seed": self.seed, "stage": self.stage, "consumed": [dict(c) for c in self.consumed], "readers": readers}
+        return {
+            "seed": self.seed,
+            "stage": self.stage,
+            "consumed": [dict(c) for c in self.consumed],
+            "readers": readers,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """ValueError for the state of another run: other sources or seed."""
@@ -169,7 +174,9 @@ def check_supply(curriculum: Curriculum, sources: Mapping[str, Source]) -> None:
         longest = max(level.length for level in stage.context)
         for name, share in stage.mixture.items():
             if name not in sources:
-                raise ValueError(f"Stage {stage.name!r} mixes in {name!r}, which is no source; use {', '.join(sources)}.")
+                raise ValueError(
+                    f"Stage {stage.name!r} mixes in {name!r}, which is no source; use {', '.join(sources)}."
+                )
             unknown = int(np.isnan(sources[name].difficulty).sum())
             if stage.order in ("easy_to_hard", "hard_to_easy") and unknown:
                 raise ValueError(

@@ -25,12 +25,12 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 
 from modeling_axk1.modeling_axk1 import AxK1Attention, AxK1RotaryEmbedding, yarn_softmax_scale
 from trainers.balance import BalanceCallback
-from trainers.token_store import Source
 from trainers.curriculum import Curriculum, Step, plan_steps
 from trainers.muon import MuonAdamW
 from trainers.packing import Batches, Packer
 from trainers.safeguards import SpikeDetector, StopRequest, checkpoints_in, seal, sound_checkpoint
 from trainers.schedules import bias_rate
+from trainers.token_store import Source
 
 STATE_FILE = "pretrain_state.json"
 UNFINISHED = "unfinished"
@@ -51,7 +51,10 @@ class PretrainConfig(TrainingArguments):
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2; 0.95 is usual in pre-training."})
     optimizer: str = field(
         default="adamw",
-        metadata={"help": "'adamw', or 'muon' for the matrices with AdamW for the rest.", "choices": CHOICES["optimizer"]},
+        metadata={
+            "help": "'adamw', or 'muon' for the matrices with AdamW for the rest.",
+            "choices": CHOICES["optimizer"],
+        },
     )
     muon_momentum: float = field(default=0.95, metadata={"help": "Muon's momentum."})
     recompute: str = field(
@@ -65,7 +68,8 @@ class PretrainConfig(TrainingArguments):
         default=1e-3, metadata={"help": "Step of the routers' balancing bias [DeepSeek-V3]; 0 switches balancing off."}
     )
     balance_until: float = field(
-        default=0.97, metadata={"help": "Share of all tokens after which the bias stands still [DeepSeek-V3: 14.3T of 14.8T]."}
+        default=0.97,
+        metadata={"help": "Share of all tokens after which the bias stands still [DeepSeek-V3: 14.3T of 14.8T]."},
     )
     on_spike: str = field(
         default="skip",
@@ -81,7 +85,8 @@ class PretrainConfig(TrainingArguments):
         default=10, metadata={"help": "Updates skipped in a row, after which training stops with an error."}
     )
     resume_from_checkpoint: str | None = field(
-        default="latest", metadata={"help": "'latest' whole checkpoint in output_dir if any, a checkpoint's folder, or none."}
+        default="latest",
+        metadata={"help": "'latest' whole checkpoint in output_dir if any, a checkpoint's folder, or none."},
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
@@ -115,15 +120,23 @@ class PretrainTrainer(Trainer):
     """
 
     def __init__(
-        self, model: PreTrainedModel, args: PretrainConfig, curriculum: Curriculum, sources: Mapping[str, Source], **kwargs
+        self,
+        model: PreTrainedModel,
+        args: PretrainConfig,
+        curriculum: Curriculum,
+        sources: Mapping[str, Source],
+        **kwargs,
     ):
         narrow = {p.dtype for p in model.parameters()} - {torch.float32}
         if narrow:
-            raise ValueError(f"The model has {narrow.pop()} weights and training needs fp32 masters; load it in fp32, set bf16.")
+            raise ValueError(
+                f"The model has {narrow.pop()} weights and training needs fp32 masters; load it in fp32, set bf16."
+            )
         self.curriculum = curriculum
+        # Before the steps: it refuses what the data cannot last for, which would be laid out for minutes.
+        self.packer = Packer(curriculum, sources, args.seed)
         self.steps = list(plan_steps(curriculum, args.gradient_accumulation_steps * args.world_size))
         args.max_steps = len(self.steps)
-        self.packer = Packer(curriculum, sources, args.seed)
         self.batches = Batches(
             self.packer,
             self.steps,
@@ -194,6 +207,17 @@ class PretrainTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._micro.append((loss, inputs))
         return loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        # The language loss is a sum over the step's tokens, right however they are shared; the balance loss is a mean, which the
+        # model adds once a micro-batch and rank.
+        config = self.model.config
+        whole = config.router_aux_loss_coef
+        config.router_aux_loss_coef = whole / (self.args.gradient_accumulation_steps * self.args.world_size)
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            config.router_aux_loss_coef = whole
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -333,7 +357,9 @@ class PretrainTrainer(Trainer):
 
     def plan_mark(self) -> str:
         """Changes with every step of the plan; not with the number of ranks that share a step."""
-        digest = hashlib.sha256(repr([(s.name, sorted(s.mixture.items()), s.order) for s in self.curriculum.stages]).encode())
+        digest = hashlib.sha256(
+            repr([(s.name, sorted(s.mixture.items()), s.order) for s in self.curriculum.stages]).encode()
+        )
         for step in self.steps:
             digest.update(repr(tuple(vars(step).values())).encode())
         return digest.hexdigest()[:16]
@@ -432,7 +458,9 @@ class TokenProgress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is not None and logs and "loss" in logs:
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, MaxVio {logs['max_violation']:.2f}, context {logs['context']}")
+            self.bar.set_postfix_str(
+                f"loss {logs['loss']:.3f}, MaxVio {logs['max_violation']:.2f}, context {logs['context']}"
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()

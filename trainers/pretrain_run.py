@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgu
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
 from modeling_axk1.configuration_axk1 import PRESETS
 from trainers import report
-from trainers.token_store import described, prepare
 from trainers.curriculum import Curriculum, load_curriculum
 from trainers.pretrain import PretrainConfig, PretrainTrainer
+from trainers.token_store import described, prepare
 
 STOPPED_BY_SIGTERM = 143  # 128 + 15, as the shell has it
 
@@ -27,15 +27,31 @@ class PretrainArguments:
 
     model: str = field(
         default="nano",
-        metadata={"help": "nano, light or k1 (new weights), a folder with config.json (new), or with weights (goes on)."},
+        metadata={
+            "help": "nano, light or k1 (new weights), a folder with config.json (new), or with weights (goes on)."
+        },
     )
-    tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub name of the tokenizer; default: the model's."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of the tokenizer; default: the model's."}
+    )
     data: list[str] = field(
         default_factory=list,
-        metadata={"help": "Files for the sources that list none: each document goes to the one named in its metadata.domain."},
+        metadata={
+            "help": "Files for the sources that list none: each document goes to the one named in its metadata.domain."
+        },
     )
-    scale: float = field(default=1.0, metadata={"help": "Factor on all tokens; contexts and batches shrink where they must."})
-    dual_norm: bool = field(default=True, metadata={"help": "Norm on the MoE output too (dual normalization), for new weights."})
+    scale: float = field(
+        default=1.0, metadata={"help": "Factor on all tokens; contexts and batches shrink where they must."}
+    )
+    dual_norm: bool = field(
+        default=True, metadata={"help": "Norm on the MoE output too (dual normalization), for new weights."}
+    )
+    balance_loss: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the sequence-wise balance loss [DeepSeek-V3: 1e-4] beside the bias; default: the config's."
+        },
+    )
     prepared: str | None = field(default=None, metadata={"help": "Where tokens are kept; default: output_dir/tokens."})
 
 
@@ -78,7 +94,9 @@ def _flags_of(path: Path) -> list[str]:
 def load_tokenizer(arguments: PretrainArguments):
     name = arguments.tokenizer or (arguments.model if arguments.model not in PRESETS else None)
     if name is None:
-        raise ValueError("No tokenizer is named; give --tokenizer, a folder that `axk1 tokenizer train` or you have made.")
+        raise ValueError(
+            "No tokenizer is named; give --tokenizer, a folder that `axk1 tokenizer train` or you have made."
+        )
     return AutoTokenizer.from_pretrained(name)
 
 
@@ -98,6 +116,8 @@ def build_model(arguments: PretrainArguments, tokenizer, seed: int):
         else:
             config = AutoConfig.from_pretrained(arguments.model, **changes)
         model = AxK1ForCausalLM(config)
+    if arguments.balance_loss is not None:
+        model.config.router_aux_loss_coef = arguments.balance_loss
     if model.config.vocab_size < len(tokenizer):
         raise ValueError(
             f"The model has {model.config.vocab_size:,} embeddings and the tokenizer {len(tokenizer):,} tokens; use the model's "
@@ -113,7 +133,8 @@ def run_pretrain(settings: Sequence[str]) -> PretrainTrainer:
     tokenizer = load_tokenizer(arguments)
     names = sorted({name for stage in curriculum.stages for name in stage.mixture})
     wanted = {name: curriculum.sources.get(name, ()) for name in names}
-    with config.main_process_first(desc="tokenising"):
+    # One process over all machines: the tokens lie beside the checkpoints, on a disk that they share.
+    with config.main_process_first(local=False, desc="tokenising"):
         sources = prepare(Path(arguments.prepared or f"{config.output_dir}/tokens"), tokenizer, wanted, arguments.data)
     if config.process_index == 0:
         print(f"{report.text_table(described(sources))}\n")
@@ -130,7 +151,9 @@ def run_pretrain(settings: Sequence[str]) -> PretrainTrainer:
         print(f"\n{report.text_table(stage_rows(trainer))}\n{config.output_dir}; {page}")
     trainer.accelerator.end_training()
     if trainer.stopped:
-        print(f"stopped by SIGTERM at step {trainer.state.global_step} of {len(trainer.steps)}; the same command goes on")
+        print(
+            f"stopped by SIGTERM at step {trainer.state.global_step} of {len(trainer.steps)}; the same command goes on"
+        )
         raise SystemExit(STOPPED_BY_SIGTERM)
     return trainer
 
@@ -209,7 +232,11 @@ BALANCE = (("max violation (0 is balanced)", "max_violation/", "MaxVio"), ("dead
 
 def write_report(path: Path, trainer: PretrainTrainer) -> None:
     """Tables of stages, mixture and sources, curves over the tokens seen, and each stage's load as a heat map."""
-    pieces = [report.heading("Stages"), report.table(planned(trainer.curriculum, trainer)), report.table(stage_rows(trainer))]
+    pieces = [
+        report.heading("Stages"),
+        report.table(planned(trainer.curriculum, trainer)),
+        report.table(stage_rows(trainer)),
+    ]
     logs = logs_of(trainer)
     if logs:
         for title, name, unit, log_y in CURVES:
@@ -218,7 +245,10 @@ def write_report(path: Path, trainer: PretrainTrainer) -> None:
         pieces.append(report.heading("Balance of the experts"))
         for title, prefix, unit in BALANCE:
             names = [name for name in logs[-1] if name.startswith(prefix)]
-            series = {name.removeprefix(prefix).replace("_", " "): [(log["tokens"], log[name]) for log in logs] for name in names}
+            series = {
+                name.removeprefix(prefix).replace("_", " "): [(log["tokens"], log[name]) for log in logs]
+                for name in names
+            }
             pieces.append(report.line_chart(series, caption=title, x_label="tokens", y_label=unit))
     for stage, loads in zip(trainer.curriculum.stages, trainer.stage_loads):
         pieces.append(

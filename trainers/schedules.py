@@ -1,10 +1,10 @@
-"""How do learning rate, batch, context and balancing rate go with the tokens seen? Pure functions of a count of tokens.
+"""How do learning rate, batch and balancing rate go with the tokens seen? Pure functions of a count of tokens.
 
 Tokens and not steps: where the batch or the context grows, a step is no measure of anything.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 # How the learning rate falls: from 1 at share 0 of the decay to 0 at share 1.  [linear: Hu et al. 2024 (MiniCPM) call WSD
 # by its name; 1-sqrt: Haegele et al. 2024, found better than linear; cosine: Loshchilov & Hutter 2017]
@@ -25,7 +25,9 @@ def wsd(
     an unknown shape.
     """
     if min(warmup, stable, decay) < 0:
-        raise ValueError(f"warmup={warmup}, stable={stable}, decay={decay} tokens: a phase is negative; use 0 for none.")
+        raise ValueError(
+            f"warmup={warmup}, stable={stable}, decay={decay} tokens: a phase is negative; use 0 for none."
+        )
     if not 0 <= floor <= 1:
         raise ValueError(f"floor={floor} is no share of the peak learning rate; use a number from 0 to 1.")
     if shape not in DECAYS:
@@ -45,17 +47,6 @@ def batch_ramp(tokens: float, *, start: int, end: int, ramp: float) -> float:
     if ramp <= 0 or tokens >= ramp:
         return float(end)
     return start + (end - start) * tokens / ramp
-
-
-def context_ramp(tokens: float, levels: Sequence[tuple[float, int]]) -> int:
-    """Context length at `tokens` tokens. levels: (tokens that the level lasts, length), in order; the last one holds on."""
-    if not levels:
-        raise ValueError("A context ramp has no level; give at least one length.")
-    for lasts, length in levels[:-1]:
-        if tokens < lasts:
-            return length
-        tokens -= lasts
-    return levels[-1][1]
 
 
 def bias_rate(tokens: float, *, rate: float, stop: float) -> float:

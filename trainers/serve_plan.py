@@ -40,10 +40,14 @@ class Precision:
 PRECISIONS = (
     Precision("bf16", 16, 1, 0, "vllm", "as released"),
     # vLLM's own quantisation of bf16 weights has fewer scales: one a tensor.
-    Precision("fp8", 8, 128 * 128, 4, "vllm", "E4M3, an fp32 scale a block of 128 x 128 [DeepSeek-V3, 2412.19437, 3.3.2]"),
+    Precision(
+        "fp8", 8, 128 * 128, 4, "vllm", "E4M3, an fp32 scale a block of 128 x 128 [DeepSeek-V3, 2412.19437, 3.3.2]"
+    ),
     Precision("int8", 8, 0, 4, "transformers", "bitsandbytes LLM.int8(), an fp32 scale a row [2208.07339]"),
     Precision("nf4", 4, 64, 4, "transformers", "bitsandbytes NF4, an fp32 scale 64 weights [2305.14314]"),
-    Precision("nf4-dq", 4, 64, 1 + 4 / 256, "transformers", "the same, scales in 8 bits, an fp32 one 256 of them [2305.14314]"),
+    Precision(
+        "nf4-dq", 4, 64, 1 + 4 / 256, "transformers", "the same, scales in 8 bits, an fp32 one 256 of them [2305.14314]"
+    ),
 )
 
 
@@ -131,7 +135,9 @@ def token_bytes(config: AxK1Config, layers: int) -> int:
     return 2 * layers * (config.kv_lora_rank + config.qk_rope_head_dim)
 
 
-def fullest_stage(config: AxK1Config, precision: Precision, stages: int, *, tensor: int, expert: int) -> tuple[float, int]:
+def fullest_stage(
+    config: AxK1Config, precision: Precision, stages: int, *, tensor: int, expert: int
+) -> tuple[float, int]:
     """Weight bytes a GPU of the fullest of `stages` stages, and the most layers that one holds.
 
     The first stage has the embedding, the last the last norm and the head; both matrices lie over `tensor` GPUs. Layers are
@@ -148,7 +154,9 @@ def fullest_stage(config: AxK1Config, precision: Precision, stages: int, *, tens
     return max(loads), most
 
 
-def layouts(config: AxK1Config, precision: Precision, gpu: Gpu, gpus: int) -> Iterator[tuple[str, float, float, int, str]]:
+def layouts(
+    config: AxK1Config, precision: Precision, gpu: Gpu, gpus: int
+) -> Iterator[tuple[str, float, float, int, str]]:
     """(layout, weight bytes a GPU, cache bytes a token, groups of requests that have caches of their own, command).
 
     vLLM: tensor parallel inside a node, pipeline over nodes; or attention whole on each GPU, each with its own requests. In both
@@ -158,7 +166,9 @@ def layouts(config: AxK1Config, precision: Precision, gpu: Gpu, gpus: int) -> It
     if precision.engine == "transformers":
         if gpus <= min(layers, gpu.node_gpus):
             load, most = fullest_stage(config, precision, gpus, tensor=1, expert=1)
-            bits = f"load_in_{precision.bits}bit=True" + (", bnb_4bit_use_double_quant=True" * (precision.name == "nf4-dq"))
+            bits = f"load_in_{precision.bits}bit=True" + (
+                ", bnb_4bit_use_double_quant=True" * (precision.name == "nf4-dq")
+            )
             kind = ', bnb_4bit_quant_type="nf4"' * (precision.bits == 4)
             command = f'from_pretrained(MODEL, device_map="auto", quantization_config=BitsAndBytesConfig({bits}{kind}))'
             yield f"layers over {gpus}", load, token_bytes(config, most), 1, command
@@ -177,7 +187,9 @@ def layouts(config: AxK1Config, precision: Precision, gpu: Gpu, gpus: int) -> It
         yield f"DP{gpus} EP{gpus}", load, token_bytes(config, most), gpus, command
 
 
-def fit(config: AxK1Config, precision: Precision, gpu: Gpu, gpus: int, *, context: int, batch: int) -> Iterator[Serving]:
+def fit(
+    config: AxK1Config, precision: Precision, gpu: Gpu, gpus: int, *, context: int, batch: int
+) -> Iterator[Serving]:
     """The layouts on so many GPUs whose caches hold `batch` sequences of `context` tokens."""
     activations = activation_bytes(config)
     for layout, load, per_token, groups, command in layouts(config, precision, gpu, gpus):
@@ -191,7 +203,9 @@ def fit(config: AxK1Config, precision: Precision, gpu: Gpu, gpus: int, *, contex
             )  # fmt: skip
 
 
-def plan_serving(config: AxK1Config, *, gpu: str | None = None, context: int | None = None, batch: int = 1) -> list[Serving]:
+def plan_serving(
+    config: AxK1Config, *, gpu: str | None = None, context: int | None = None, batch: int = 1
+) -> list[Serving]:
     """For each precision the fewest GPUs of a kind that hold it: of one kind every layout, of all kinds the roomiest.
 
     context: tokens of a sequence, thought and answer included (default: the model's longest). Nothing for what fits on none of
@@ -217,7 +231,8 @@ def derivation(config: AxK1Config, context: int, batch: int) -> list[str]:
     counts, layers = count_parameters(config), config.num_hidden_layers
     per_layer = config.kv_lora_rank + config.qk_rope_head_dim
     return [
-        f"{counts['total']:,} parameters; " + ", ".join(f"{p.name} {weight_bytes(config, p) / 1e9:,.1f} GB" for p in PRECISIONS),
+        f"{counts['total']:,} parameters; "
+        + ", ".join(f"{p.name} {weight_bytes(config, p) / 1e9:,.1f} GB" for p in PRECISIONS),
         *(f"{precision.name}: {precision.source}" for precision in PRECISIONS),
         "embedding, head, router and norms stay bf16",
         f"cache: {config.kv_lora_rank} + {config.qk_rope_head_dim} = {per_layer} values of 2 bytes a token and layer, {layers} "
@@ -229,7 +244,9 @@ def derivation(config: AxK1Config, context: int, batch: int) -> list[str]:
     ]
 
 
-def text_of_serving(config: AxK1Config, ways: list[Serving], *, gpu: str | None, context: int | None, batch: int) -> str:
+def text_of_serving(
+    config: AxK1Config, ways: list[Serving], *, gpu: str | None, context: int | None, batch: int
+) -> str:
     """The table, one command for each precision, and where each figure comes from."""
     context = config.max_position_embeddings if context is None else context
     rows = [
@@ -247,7 +264,12 @@ def text_of_serving(config: AxK1Config, ways: list[Serving], *, gpu: str | None,
     ]
     kinds = [kind.name for kind in SERVING_GPUS] if gpu is None else [gpu.lower()]
     held = {(way.gpu, way.precision) for way in ways}
-    absent = [f"{precision.name} on {kind}" for kind in kinds for precision in PRECISIONS if (kind, precision.name) not in held]
+    absent = [
+        f"{precision.name} on {kind}"
+        for kind in kinds
+        for precision in PRECISIONS
+        if (kind, precision.name) not in held
+    ]
     lines = [text_table(rows)] if rows else []
     lines += ["", f"in no layout tried: {', '.join(absent)}"] if absent else []
     if gpu is not None:

@@ -18,10 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
-# Longer texts are tokenised piece by piece: a tokenizer keeps some 100 bytes a token until it has read all of a text.
-PIECE_CHARACTERS = 1_000_000
+# Longer texts are tokenised piece by piece: a tokenizer keeps some hundred bytes a token until it has read all of a text.
+PIECE_CHARACTERS = 100_000
 # Texts handed to the tokenizer at a time, which reads them in parallel.
-BATCH_CHARACTERS = 2_000_000
+BATCH_CHARACTERS = 500_000
 UNKNOWN_DIFFICULTY = float("nan")
 DEFECTS = {
     "empty_files": "empty files",
@@ -105,7 +105,7 @@ def _document(record: Mapping) -> Document:
 
 
 def _json_records(path: Path, counts: Counter) -> Iterator[object]:
-    with (gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for line in file:
             if not line.strip():
                 continue
@@ -249,14 +249,18 @@ def write_sources(targets: Mapping[str, Path], files: Sequence[Path], tokenizer,
     counts: Counter = Counter()
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenising {', '.join(targets)}") as bar:
+        done = 0
         for path in files:
+            done += path.stat().st_size
             for document in read_documents(path, counts):
+                # Characters for bytes, and never beyond the file, which may be compressed.
+                bar.update(min(len(document.text), done - bar.n))
                 name = document.domain if by_domain else next(iter(targets))
                 if name in writers:
                     writers[name].add(document)
                 else:
                     counts["other_domains"] += 1
-            bar.update(path.stat().st_size)
+            bar.update(done - bar.n)
     for name, writer in writers.items():
         writer.counts.update(counts)
         writer.close()
@@ -274,7 +278,9 @@ def open_source(name: str, folder: Path) -> Source:
         starts, difficulty = documents["starts"], documents["difficulty"]
     tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
     if len(tokens) != starts[-1]:
-        raise ValueError(f"{folder} holds {len(tokens):,} tokens and documents of {starts[-1]:,}; delete it and run again.")
+        raise ValueError(
+            f"{folder} holds {len(tokens):,} tokens and documents of {starts[-1]:,}; delete it and run again."
+        )
     return Source(name, tokens, starts, difficulty, json.loads((folder / "counts.json").read_text()))
 
 

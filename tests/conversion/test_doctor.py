@@ -291,7 +291,9 @@ def test_a_template_cannot_run_code(folder, tmp_path):
 def test_remote_code_and_pickles_are_not_run(folder, tmp_path):
     mark = tmp_path / "ran"
     (folder / "configuration_axk1.py").write_text(f"open({str(mark)!r}, 'w')")
-    edit_config(auto_map={"AutoConfig": "configuration_axk1.A", "AutoTokenizer": ["configuration_axk1.T", None]})(folder)
+    edit_config(auto_map={"AutoConfig": "configuration_axk1.A", "AutoTokenizer": ["configuration_axk1.T", None]})(
+        folder
+    )
     assert any("run where trust_remote_code" in each.fact for each in diagnose(folder).findings)
     assert not mark.exists()
 

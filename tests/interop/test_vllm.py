@@ -55,7 +55,9 @@ def parameters(said: dict) -> dict[str, dict[tuple, tuple[int, ...]]]:
             "post_mlp_layernorm.weight": {(): (hidden,)},
         }
         sparse = index >= said["first_k_dense_replace"] and index % said["moe_layer_freq"] == 0
-        mlp, inner = ("mlp.shared_experts", said["n_shared_experts"] * width) if sparse else ("mlp", said["intermediate_size"])
+        mlp, inner = (
+            ("mlp.shared_experts", said["n_shared_experts"] * width) if sparse else ("mlp", said["intermediate_size"])
+        )
         layer[f"{mlp}.gate_up_proj.weight"] = {(half,): (inner, hidden) for half in (0, 1)}
         layer[f"{mlp}.down_proj.weight"] = {(): (hidden, inner)}
         if sparse:

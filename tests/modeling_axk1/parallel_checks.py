@@ -186,7 +186,11 @@ def train_context_parallel(path: str, ids: Tensor) -> tuple[Tensor, dict]:
 def check_pair(path: str, equal_heads: str, out: str, layouts: dict, ids: Tensor, mask: Tensor) -> tuple:
     """All that two ranks are asked, in one start of them."""
     by_layout = check_layouts(path, layouts, ids, mask)
-    return by_layout, train_pipeline(path, out, ids, micro_batches=2), train_context_parallel(equal_heads, ids_of_16(ids))
+    return (
+        by_layout,
+        train_pipeline(path, out, ids, micro_batches=2),
+        train_context_parallel(equal_heads, ids_of_16(ids)),
+    )
 
 
 def ids_of_16(ids: Tensor) -> Tensor:

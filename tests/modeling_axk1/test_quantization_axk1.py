@@ -220,7 +220,9 @@ def test_loading_holds_the_result_and_at_most_one_layers_experts(folder, tmp_pat
     held = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     layer = 2 * 32 * 3 * 512 * 256
     assert held + layer < 0.65 * whole, "vacuous: the bound allows the whole model"
-    assert 0 < peak <= held + layer, f"peak {peak / 1e6:.1f} MB, held {held / 1e6:.1f}, a layer's experts {layer / 1e6:.1f}"
+    assert 0 < peak <= held + layer, (
+        f"peak {peak / 1e6:.1f} MB, held {held / 1e6:.1f}, a layer's experts {layer / 1e6:.1f}"
+    )
 
 
 def test_the_share_is_printed(folder, capfd):
@@ -374,7 +376,11 @@ def test_k1_on_paper():
     assert quantized_bytes(k1, "nf4") <= 300e9 and quantized_bytes(k1, "nf4 double") <= 300e9
     assert quantized_bytes(k1, "bf16") == pytest.approx(2 * 518_983_059_456, rel=1e-6)
     rows = {row["linear layers"]: row for row in cards_table(k1)}
-    assert list(rows) == list(FORMS) and list(rows["nf4"])[2:] == ["cards of 24 GB", "cards of 80 GB", "cards of 141 GB"]
+    assert list(rows) == list(FORMS) and list(rows["nf4"])[2:] == [
+        "cards of 24 GB",
+        "cards of 80 GB",
+        "cards of 141 GB",
+    ]
     assert rows["nf4 double"]["cards of 80 GB"].startswith("4 (")
     # An NF4 layer is 4.4 GB: four of them in 21.6 GB, so 15 cards for 60 layers and more.
     assert cards_needed(k1, "nf4 double", 24 * 10**9)[0] == 15
@@ -384,7 +390,12 @@ def test_k1_on_paper():
 def test_error_of_each_layer_and_part(folder, nf4, tmp_path):
     rows = quantization_errors(nf4, folder)
     assert [row["layer"] for row in rows] == [0, 1]
-    assert set(rows[0]) == {"layer", "attention", "mlp"} and set(rows[1]) == {"layer", "attention", "mlp", "routed experts"}
+    assert set(rows[0]) == {"layer", "attention", "mlp"} and set(rows[1]) == {
+        "layer",
+        "attention",
+        "mlp",
+        "routed experts",
+    }
     errors = [error for row in rows for part, error in row.items() if part != "layer"]
     # NF4 of normal weights in blocks of 64: 0.09; FP4: 0.13; 8 bits: under 0.01.
     assert all(0.07 < error < 0.11 for error in errors)

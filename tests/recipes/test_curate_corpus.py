@@ -19,11 +19,22 @@ def test_small_run(tmp_path, monkeypatch):
         rows = []
         for _ in range(count):
             steps = rng.choice([1, 3, 6])
-            story = " ".join(f"Then {rng.randrange(99)} {rng.choice(['eggs', 'hens'])} are sold." for _ in range(steps * 4))
+            story = " ".join(
+                f"Then {rng.randrange(99)} {rng.choice(['eggs', 'hens'])} are sold." for _ in range(steps * 4)
+            )
             rows.append(json.dumps({"question": story, "answer": "<<1+1=2>>" * steps}) + "\n")
         (tmp_path / f"{name}.jsonl").write_text("".join(rows))
     options = ["--reviews", str(tmp_path / "r.jsonl"), "--maths", str(tmp_path / "train.jsonl"), "--limit", "60"]
-    options += ["--maths-test", str(tmp_path / "test.jsonl"), "--out", str(tmp_path / "out"), "--copies", "25", "--tasks", "1"]
+    options += [
+        "--maths-test",
+        str(tmp_path / "test.jsonl"),
+        "--out",
+        str(tmp_path / "out"),
+        "--copies",
+        "25",
+        "--tasks",
+        "1",
+    ]
     figures = curate_corpus.main(options)
     exact, near = figures["found"]["exact"], figures["found"]["near"]
     assert exact["pairs"] > 10 and exact["found"] == exact["pairs"]

@@ -75,7 +75,9 @@ def test_fine_tuning_with_fsdp2_and_expert_parallelism_on_one_machine_and_under_
     config = str(LAUNCH / "sft_fsdp2_ep.yaml")
     _, settings, _ = sft.parse(["--config", config, "--use_cpu", "true"])
     assert settings.model_init_kwargs["distributed_config"]["ep_size"] == 8 and settings.save_only_model
-    (command,) = commands_of("sft.sbatch", tmp_path, "m", SLURM_JOB_NODELIST="node[7-8]", SLURM_NNODES="2", SLURM_JOB_ID="5")
+    (command,) = commands_of(
+        "sft.sbatch", tmp_path, "m", SLURM_JOB_NODELIST="node[7-8]", SLURM_NNODES="2", SLURM_JOB_ID="5"
+    )
     assert command[:2] == ["srun", "torchrun"] and "node7:20005" in command
     given = module_arguments(command, "axk1")
     assert given[:3] == ["sft", "--config", "recipes/launch/sft_fsdp2_ep.yaml"]

@@ -26,7 +26,16 @@ def test_one_lora_target_is_a_name_and_no_pattern(tmp_path, command, given, kept
 def test_lora_targets_are_this_models_names(tmp_path, command):
     """Found without weights: there are none in the folder."""
     tiny_chat_config(64).save_pretrained(tmp_path)
-    settings = ["--model_name_or_path", str(tmp_path), "--dataset", "d", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    settings = [
+        "--model_name_or_path",
+        str(tmp_path),
+        "--dataset",
+        "d",
+        "--output_dir",
+        str(tmp_path),
+        "--use_cpu",
+        "true",
+    ]
     settings += ["--bf16", "false", "--lora_targets", "routed", "shared"]
 
     def named(*more):

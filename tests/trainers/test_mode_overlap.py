@@ -217,7 +217,9 @@ def test_other_files_are_refused(tmp_path):
 
 def test_thinking_rows_and_gsm8k_lines_are_paired_as_they_load(tmp_path):
     (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "2+2", "answer": "two and two\n#### 4"}))
-    (tmp_path / "thinking.jsonl").write_text(json.dumps({"prompt": ask("2+2"), "completion": say("two and two</think>4")}))
+    (tmp_path / "thinking.jsonl").write_text(
+        json.dumps({"prompt": ask("2+2"), "completion": say("two and two</think>4")})
+    )
     expected = to_dataset(build_mode_overlap(THINKING[:1])).to_list()
     for name in ("gsm8k.jsonl", "thinking.jsonl"):
         assert load_mode_overlap(tmp_path / name).to_list() == expected

@@ -12,9 +12,9 @@ from modeling_axk1 import AxK1ForCausalLM
 from tests.random_models import tiny_chat_config
 from tests.tolerances import PREFILL
 from trainers import token_store
-from trainers.token_store import Source, described, pieces_of, prepare
 from trainers.curriculum import plan_steps, read_curriculum
 from trainers.packing import IGNORED, Batches, Packer, Reader, arrange
+from trainers.token_store import Source, described, pieces_of, prepare
 from trainers.tokenizer import train_tokenizer
 
 
@@ -143,7 +143,9 @@ def test_rows_are_full_and_borders_marked():
     ]
     assert batch["position_ids"].tolist() == [[*range(5), *range(7)], [0, 1, *range(10)]]
     first = batch["position_ids"] == 0
-    assert (batch["labels"][first] == IGNORED).all() and torch.equal(batch["labels"][~first], batch["input_ids"][~first])
+    assert (batch["labels"][first] == IGNORED).all() and torch.equal(
+        batch["labels"][~first], batch["input_ids"][~first]
+    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -166,7 +168,9 @@ def test_attention_and_loss_do_not_cross_documents(attention):
             alone = model(input_ids=batch["input_ids"][row : row + 1, a:b]).logits[0]
             torch.testing.assert_close(packed.logits[row, a:b], alone, atol=PREFILL, rtol=PREFILL)
             if b - a > 1:
-                losses += torch.nn.functional.cross_entropy(alone[:-1], batch["input_ids"][row, a + 1 : b], reduction="sum")
+                losses += torch.nn.functional.cross_entropy(
+                    alone[:-1], batch["input_ids"][row, a + 1 : b], reduction="sum"
+                )
                 tokens += b - a - 1
     assert tokens == (batch["labels"] != IGNORED).sum()
     torch.testing.assert_close(packed.loss, losses / tokens)

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from modeling_axk1 import AxK1ForCausalLM
 from modeling_axk1.modeling_axk1 import AxK1TopkRouter
 from tests.random_models import tiny_chat_config
-from trainers.token_store import Source
 from trainers.curriculum import read_curriculum
 from trainers.muon import MuonAdamW, matrices_of, split_parameters
 from trainers.pretrain import PretrainConfig, PretrainTrainer
 from trainers.safeguards import SpikeDetector, damage, seal, sound_checkpoint
+from trainers.token_store import Source
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 16}
 STAGES = {
@@ -40,13 +40,22 @@ def text(documents, seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(5, 60, documents)
     starts = np.concatenate(([0], np.cumsum(lengths)))
-    return Source("", rng.integers(0, 32, lengths.sum()).astype(np.uint32), starts, rng.random(documents, np.float32), {})
+    return Source(
+        "", rng.integers(0, 32, lengths.sum()).astype(np.uint32), starts, rng.random(documents, np.float32), {}
+    )
 
 
 def trainer_of(out, table=STAGES, **changes):
     torch.manual_seed(0)
     model = AxK1ForCausalLM(tiny_chat_config(32))
-    settings = {"use_cpu": True, "bf16": False, "logging_steps": 1, "save_steps": 5, "learning_rate": 3e-3, "disable_tqdm": True}
+    settings = {
+        "use_cpu": True,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_steps": 5,
+        "learning_rate": 3e-3,
+        "disable_tqdm": True,
+    }
     args = PretrainConfig(output_dir=str(out), **settings | changes)
     return PretrainTrainer(model, args, read_curriculum(table), {"web": text(60, 0), "code": text(40, 1)})
 
@@ -87,11 +96,16 @@ def test_a_run_is_its_plan(straight):
     trainer, out = straight
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert [log["tokens"] for log in logs] == [64 * (i + 1) for i in range(STEPS)]
-    assert [log["stage"] for log in logs] == [0] * 8 + [1] * 4 and [log["context"] for log in logs] == [16] * 10 + [32] * 2
+    assert [log["stage"] for log in logs] == [0] * 8 + [1] * 4 and [log["context"] for log in logs] == [16] * 10 + [
+        32
+    ] * 2
     rates = [log["learning_rate"] / 3e-3 for log in logs]
     assert rates[:3] == pytest.approx([0.25, 0.75, 1.0]) and rates[-1] == pytest.approx(0.125)
     assert logs[-1]["loss"] < logs[0]["loss"]
-    assert trainer.model.config.rope_parameters["rope_type"] == "yarn" and trainer.model.config.max_position_embeddings >= 32
+    assert (
+        trainer.model.config.rope_parameters["rope_type"] == "yarn"
+        and trainer.model.config.max_position_embeddings >= 32
+    )
     assert len(trainer.stage_loads) == 2 and sum(trainer.stage_loads[0][0]) == pytest.approx(4)
     assert {path.name for path in out.iterdir()} == {"checkpoint-10", "checkpoint-12"}
     saved = AutoModelForCausalLM.from_pretrained(out / "checkpoint-12")
@@ -130,6 +144,20 @@ def test_accumulation_gives_the_same_numbers(straight, tmp_path):
     assert losses(parts) == pytest.approx(losses(truth), abs=2e-5)
 
 
+def test_the_balance_loss_counts_once_a_step_however_it_is_split(straight, tmp_path):
+    table = {"stages": [STAGES["stages"][0] | {"tokens": 128}]}
+    runs = []
+    for accumulation in (1, 4):
+        trainer = trainer_of(tmp_path, table, gradient_accumulation_steps=accumulation, save_strategy="no")
+        trainer.model.config.router_aux_loss_coef = 0.5
+        trainer.train()
+        runs.append(losses(trainer))
+        assert trainer.model.config.router_aux_loss_coef == 0.5
+    assert runs[1] == pytest.approx(runs[0], abs=1e-5)
+    # Near balance it adds about its weight.
+    assert runs[0][0] - losses(straight[0])[0] == pytest.approx(0.5, abs=0.1)
+
+
 def test_recomputation_gives_the_same_numbers(straight, tmp_path):
     truth, _ = straight
     for kind in ("selective", "full"):
@@ -146,7 +174,9 @@ def free_port():
 
 
 def one_rank(rank, port, out):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     trainer = trainer_of(out, ddp_backend="gloo")
     if rank == 1:
@@ -211,7 +241,9 @@ def test_a_nan_skips_the_update_saves_the_batch_and_is_logged(tmp_path):
 def test_endless_nan_stops_the_run(tmp_path):
     trainer = trainer_of(tmp_path, save_strategy="no", most_bad_steps=3)
     trainer.add_callback(At(4, lambda: poison(trainer)))
-    with pytest.raises(ValueError, match="3 updates in a row were bad, the last by a loss of nan at step 6; lower learning_rate"):
+    with pytest.raises(
+        ValueError, match="3 updates in a row were bad, the last by a loss of nan at step 6; lower learning_rate"
+    ):
         trainer.train()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainers.schedules import DECAYS, batch_ramp, bias_rate, context_ramp, wsd
+from trainers.schedules import DECAYS, batch_ramp, bias_rate, wsd
 
 PHASES = {"warmup": 10, "stable": 70, "decay": 20}
 
@@ -29,14 +29,14 @@ def test_wsd_phases_may_be_missing():
 
 
 def test_shapes_by_hand():
-    assert DECAYS["sqrt"](0.25) == 0.5 and DECAYS["cosine"](0.5) == pytest.approx(0.5) and DECAYS["linear"](0.25) == 0.75
+    assert (
+        DECAYS["sqrt"](0.25) == 0.5 and DECAYS["cosine"](0.5) == pytest.approx(0.5) and DECAYS["linear"](0.25) == 0.75
+    )
 
 
 def test_ramps():
     assert [batch_ramp(at, start=4, end=12, ramp=80) for at in (0, 10, 40, 80, 90)] == [4, 5, 8, 12, 12]
     assert batch_ramp(0, start=4, end=12, ramp=0) == 12
-    levels = [(10, 4096), (20, 16384), (5, 32768)]
-    assert [context_ramp(at, levels) for at in (0, 9, 10, 29, 30, 1000)] == [4096, 4096, 16384, 16384, 32768, 32768]
     assert [bias_rate(at, rate=0.001, stop=97) for at in (0, 96, 97)] == [0.001, 0.001, 0.0]
 
 
@@ -47,7 +47,6 @@ def test_ramps():
         (lambda: wsd(1, **PHASES, floor=2), "floor=2"),
         (lambda: wsd(1, **PHASES, shape="step"), "use one of linear, sqrt, cosine"),
         (lambda: batch_ramp(1, start=8, end=4, ramp=1), "from 8 to 4"),
-        (lambda: context_ramp(1, []), "no level"),
     ],
 )
 def test_refusals(call, said):

@@ -64,10 +64,26 @@ def test_eight_bits_are_stored_as_bitsandbytes_stores_them():
 
 def test_a_tensor_parallel_gpu_has_the_split_tensors_in_part_and_the_others_whole():
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "vocab_size": 64}
-    flags = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "attention_bias": False, "tie_word_embeddings": False}
+    flags = {
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    }
     model = ours(random_config(1, **sizes, **flags))
     # As Megatron and vLLM split MLA: what has heads or a width, the experts, the vocabulary.
-    split = ("q_b_proj", "kv_b_proj", "o_proj", "experts", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "lm_head", "embed")
+    split = (
+        "q_b_proj",
+        "kv_b_proj",
+        "o_proj",
+        "experts",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+        "lm_head",
+        "embed",
+    )
     real = sum(size / (2 if any(part in name for part in split) else 1) for name, size in real_bytes(model).items())
     assert fullest_stage(model.config, BF16, 1, tensor=2, expert=2) == (real, model.config.num_hidden_layers)
 
@@ -128,7 +144,11 @@ def test_commands_say_the_layout():
 
 @pytest.mark.parametrize(
     "asked, complaint",
-    [({"gpu": "tpu"}, "gpu='tpu' is unknown"), ({"context": 0}, "outside 1..131,072"), ({"batch": 0}, "batch=0 serves nobody")],
+    [
+        ({"gpu": "tpu"}, "gpu='tpu' is unknown"),
+        ({"context": 0}, "outside 1..131,072"),
+        ({"batch": 0}, "batch=0 serves nobody"),
+    ],
 )
 def test_what_cannot_be_planned(asked, complaint):
     with pytest.raises(ValueError, match=complaint):
@@ -138,7 +158,11 @@ def test_what_cannot_be_planned(asked, complaint):
 def test_the_command(tmp_path, capsys):
     assert axk1.main(["plan", "serve", "k1", "--gpu", "h100", "--context", "8192"]) == 0
     out = capsys.readouterr().out
-    assert "in no layout tried: int8 on h100" in out and "70,272 bytes a token" in out and "--tensor-parallel-size 8" in out
+    assert (
+        "in no layout tried: int8 on h100" in out
+        and "70,272 bytes a token" in out
+        and "--tensor-parallel-size 8" in out
+    )
     AxK1Config.preset("light").save_pretrained(tmp_path)
     assert axk1.main(["plan", "serve", str(tmp_path), "--json", "--gpu", "rtx4090", "--context", "4096"]) == 0
     said = json.loads(capsys.readouterr().out)
