@@ -71,7 +71,7 @@ A flag overrides the YAML file's value. `axk1 sft --all-settings` lists them all
 STAGES.yaml is a table: tokens, context ramp, mixture, learning-rate phase and order of each stage; recipes/k1_stages.yaml shows
 all of it. Its `model`, `tokenizer` and `settings` are overridden by flags. Settings are those of PretrainConfig
 (TrainingArguments and more) and
-  --data       JSONL (text, metadata.domain, metadata.difficulty), Parquet or text; for sources that list no files of their own
+  --data       what `axk1 curate` wrote (text, domain, difficulty) or the like, for sources that list no files of their own
   --model      nano, light, k1, a folder with a config.json (`axk1 plan --config` writes one), or a model to go on with
   --scale      all token counts times this; contexts and batches shrink where a level would hold no row
 `axk1 pretrain --all-settings` lists them all. Killed? The same command goes on, to the same numbers; SIGTERM saves first.

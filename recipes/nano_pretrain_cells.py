@@ -110,8 +110,7 @@ def make_text(folder: Path, documents: Sequence[Mapping[str, str]]) -> dict:
         with (folder / f"{part}.jsonl").open("w", encoding="utf-8") as file:
             for number, (document, difficulty) in enumerate(zip(documents, hardness)):
                 if (number % 20 == 0) == (part == "held_out"):
-                    metadata = {"domain": document["domain"], "difficulty": difficulty}
-                    row = {"text": document["text"], "id": document["id"], "metadata": metadata}
+                    row = {key: document[key] for key in ("text", "id", "domain")} | {"difficulty": difficulty}
                     file.write(json.dumps(row) + "\n")
     return {"documents": len(documents), "vocab_size": len(tokenizer)}
 

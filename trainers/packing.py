@@ -180,7 +180,7 @@ def check_supply(curriculum: Curriculum, sources: Mapping[str, Source]) -> None:
             unknown = int(np.isnan(sources[name].difficulty).sum())
             if stage.order in ("easy_to_hard", "hard_to_easy") and unknown:
                 raise ValueError(
-                    f"Stage {stage.name!r} goes by difficulty and {unknown:,} documents of {name!r} have no metadata.difficulty; "
+                    f"Stage {stage.name!r} goes by difficulty and {unknown:,} documents of {name!r} have no difficulty; "
                     "let curation score them, or set order: shuffled."
                 )
             # Turns between sources overshoot a share by less than a row.

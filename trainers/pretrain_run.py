@@ -37,7 +37,7 @@ class PretrainArguments:
     data: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Files for the sources that list none: each document goes to the one named in its metadata.domain."
+            "help": "Files for the sources that list none: each document goes to the one named in its `domain`."
         },
     )
     scale: float = field(

@@ -1,36 +1,29 @@
 """How do files become tokens on disk? Each source once: read, tokenised, written as one memory-mapped array with its documents.
 
-A document is `text` with `metadata.domain` and `metadata.difficulty`, as curation writes it; a text file is one document. What
-cannot be read is counted by reason and told. Done once for given files and tokenizer: a folder a source, whole or not at all.
+A document is what corpus.py reads, with its `domain` and `difficulty` as curation writes them. What cannot be read is counted by
+reason and told. Done once for given files and tokenizer: a folder a source, whole or not at all.
 """
 
-import gzip
 import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
+from trainers.corpus import Record, files_of, read_documents
+
 # Longer texts are tokenised piece by piece: a tokenizer keeps some hundred bytes a token until it has read all of a text.
 PIECE_CHARACTERS = 100_000
 # Texts handed to the tokenizer at a time, which reads them in parallel.
 BATCH_CHARACTERS = 500_000
 UNKNOWN_DIFFICULTY = float("nan")
-DEFECTS = {
-    "empty_files": "empty files",
-    "broken_lines": "lines that are not JSON",
-    "invalid_utf8": "texts that are not UTF-8",
-    "no_text": "records without a text",
-    "empty_texts": "empty texts",
-    "long_documents": f"documents beyond {PIECE_CHARACTERS:,} characters, tokenised in pieces",
-}
+# Counted beside what was wrong.
+READ = ("documents", "bytes")
 
 
 @dataclass(frozen=True)
@@ -56,83 +49,17 @@ class Source:
 
 # -- reading ------------------------------------------------------------------------------------------------------
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Files of all patterns (globs, files, folders), sorted. ValueError for a pattern without any, and for an unknown kind."""
-    found: set[Path] = set()
-    for pattern in patterns:
-        hits = [Path(hit) for hit in glob(pattern, recursive=True)]
-        files = [f for hit in hits for f in (hit.rglob("*") if hit.is_dir() else [hit]) if f.is_file()]
-        if not files:
-            raise ValueError(f"{pattern} matches no file; check the path.")
-        found.update(files)
-    for path in found:
-        if not is_known(path):
-            raise ValueError(
-                f"{path} is no .jsonl, .jsonl.gz, .parquet or text file ({', '.join(TEXT_SUFFIXES)}); leave it out."
-            )
-    return sorted(found)
+    """Files of all patterns (globs, files, folders), sorted. ValueError for a pattern without any."""
+    return sorted({file for pattern in patterns for file in files_of(pattern)})
 
 
-def is_known(path: Path) -> bool:
-    return path.name.endswith((".jsonl", ".jsonl.gz", ".parquet", *TEXT_SUFFIXES))
-
-
-def read_documents(path: Path, counts: Counter) -> Iterator[Document]:
-    """Documents of one file; what is not one is added to `counts` under the names of `DEFECTS`."""
-    if path.stat().st_size == 0:
-        counts["empty_files"] += 1
-        return
-    if path.suffix == ".parquet":
-        records = _parquet_records(path)
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        records = _json_records(path, counts)
-    else:
-        records = _text_record(path, counts)
-    for record in records:
-        if not isinstance(record, Mapping) or not isinstance(record.get("text"), str):
-            counts["no_text"] += 1
-        elif not record["text"].strip():
-            counts["empty_texts"] += 1
-        else:
-            yield _document(record)
-
-
-def _document(record: Mapping) -> Document:
-    metadata = record.get("metadata")
-    metadata = metadata if isinstance(metadata, Mapping) else {}
-    difficulty = metadata.get("difficulty")
+def document_of(record: Record) -> Document:
+    """`domain` and `difficulty` are columns, as `axk1 curate` writes them, or in a column `metadata`, as datatrove does."""
+    metadata = record.fields.get("metadata")
+    columns = {**(metadata if isinstance(metadata, Mapping) else {}), **record.fields}
+    difficulty = columns.get("difficulty")
     known = isinstance(difficulty, (int, float)) and not isinstance(difficulty, bool)
-    return Document(record["text"], metadata.get("domain"), float(difficulty) if known else UNKNOWN_DIFFICULTY)
-
-
-def _json_records(path: Path, counts: Counter) -> Iterator[object]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                counts["invalid_utf8"] += 1
-            except (json.JSONDecodeError, RecursionError):
-                counts["broken_lines"] += 1
-
-
-def _parquet_records(path: Path) -> Iterator[object]:
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is no whole Parquet file ({error}); copy it again, or leave it out.") from error
-    for batch in file.iter_batches(batch_size=256):
-        yield from batch.to_pylist()
-
-
-def _text_record(path: Path, counts: Counter) -> Iterator[object]:
-    try:
-        yield {"text": path.read_bytes().decode("utf-8")}
-    except UnicodeDecodeError:
-        counts["invalid_utf8"] += 1
+    return Document(record.text, columns.get("domain"), float(difficulty) if known else UNKNOWN_DIFFICULTY)
 
 
 # -- tokenising ---------------------------------------------------------------------------------------------------
@@ -175,7 +102,7 @@ class TokenWriter:
             if len(document.text) <= PIECE_CHARACTERS:
                 written = self.write([next(encoded)])
             else:
-                self.counts["long_documents"] += 1
+                self.counts["in pieces"] += 1
                 written = self.write(self.encode([piece])[0] for piece in pieces_of(document.text))
             self.lengths.append(written)
             self.difficulty.append(document.difficulty)
@@ -205,7 +132,7 @@ def prepare(
 ) -> dict[str, Source]:
     """Tokens of every source under `folder`, made unless an earlier run made them of the same files.
 
-    sources: name -> its files, or none: then those documents of `shared` whose metadata.domain is the name.
+    sources: name -> its files, or none: then those documents of `shared` whose domain is the name.
     ValueError for a source without any document, and for a tokenizer without an end-of-text token.
     """
     if tokenizer.eos_token_id is None:
@@ -252,14 +179,14 @@ def write_sources(targets: Mapping[str, Path], files: Sequence[Path], tokenizer,
         done = 0
         for path in files:
             done += path.stat().st_size
-            for document in read_documents(path, counts):
+            for document in map(document_of, read_documents([path], counts)):
                 # Characters for bytes, and never beyond the file, which may be compressed.
                 bar.update(min(len(document.text), done - bar.n))
                 name = document.domain if by_domain else next(iter(targets))
                 if name in writers:
                     writers[name].add(document)
                 else:
-                    counts["other_domains"] += 1
+                    counts["of other domains"] += 1
             bar.update(done - bar.n)
     for name, writer in writers.items():
         writer.counts.update(counts)
@@ -286,8 +213,7 @@ def open_source(name: str, folder: Path) -> Source:
 
 def told(counts: Mapping[str, int]) -> str:
     """What was wrong with the files, in words; empty if nothing was."""
-    words = DEFECTS | {"other_domains": "documents of other domains"}
-    return ", ".join(f"{counts[name]:,} {what}" for name, what in words.items() if counts.get(name))
+    return ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()) if what not in READ)
 
 
 def described(sources: Mapping[str, Source]) -> list[dict[str, str]]:

@@ -41,8 +41,8 @@ def batches(packer, c):
 
 
 # -- files --------------------------------------------------------------------------------------------------------
-def line(text, **metadata):
-    return json.dumps({"text": text, "id": "x", "metadata": metadata}).encode() + b"\n"
+def line(text, **columns):
+    return json.dumps({"text": text, "id": "x", **columns}).encode() + b"\n"
 
 
 def test_bad_input_is_counted_and_the_rest_is_read(tmp_path, tokenizer, monkeypatch):
@@ -62,17 +62,16 @@ def test_bad_input_is_counted_and_the_rest_is_read(tmp_path, tokenizer, monkeypa
     end = tokenizer.eos_token
     assert texts == [t + end for t in ("one two", "three", long_text, "four", "five", "six")]
     assert web.difficulty[[0, 4]].tolist() == [0.25, 0.5] and np.isnan(web.difficulty[[1, 2, 3, 5]]).all()
-    assert web.counts == {
-        "empty_files": 1, "broken_lines": 1, "invalid_utf8": 2, "no_text": 2, "empty_texts": 1, "long_documents": 1,
-    }  # fmt: skip
-    assert "1 lines that are not JSON" in described({"web": web})[0]["what was wrong"]
+    wrong = {"empty file": 1, "broken JSON": 1, "invalid UTF-8": 2, "no text": 3, "in pieces": 1}
+    assert {what: n for what, n in web.counts.items() if what not in ("documents", "bytes")} == wrong
+    assert "1 broken JSON" in described({"web": web})[0]["what was wrong"]
 
 
 def test_preparing_is_done_once_and_again_for_other_files(tmp_path, tokenizer):
     file = tmp_path / "a.jsonl"
     file.write_bytes(line("one", domain="web") + line("two two", domain="code") + line("x", domain="books"))
     sources = prepare(tmp_path / "cache", tokenizer, {"web": (), "code": ()}, shared=[str(file)])
-    assert [len(s) for s in sources.values()] == [1, 1] and sources["web"].counts == {"other_domains": 1}
+    assert [len(s) for s in sources.values()] == [1, 1] and sources["web"].counts["of other domains"] == 1
     # Half-written work of a killed run is no source.
     (tmp_path / "cache/web-0.unfinished").mkdir()
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("tokens.bin")}
@@ -86,15 +85,15 @@ def test_preparing_is_done_once_and_again_for_other_files(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("sources", "shared", "said"),
     [
-        ({"web": ["gone/*.jsonl"]}, (), "gone/.* matches no file"),
-        ({"web": ["{}/a.pdf"]}, (), "a.pdf is no .jsonl"),
-        ({"web": ["{}/broken.jsonl"]}, (), "has no document in 1 files .1 lines that are not JSON"),
+        ({"web": ["gone/*.jsonl"]}, (), "gone/.* names no file"),
+        ({"web": ["{}/a.pdf"]}, (), "has no document in 1 files .1 invalid UTF-8"),
+        ({"web": ["{}/broken.jsonl"]}, (), "has no document in 1 files .1 broken JSON"),
         ({"web": ()}, (), "'web' has no files"),
-        ({"web": ["{}/half.parquet"]}, (), "half.parquet is no whole Parquet file"),
+        ({"web": ["{}/half.parquet"]}, (), "has no document in 1 files .1 broken Parquet"),
     ],
 )
 def test_what_cannot_be_read_at_all_is_refused(tmp_path, tokenizer, sources, shared, said):
-    (tmp_path / "a.pdf").write_bytes(b"x")
+    (tmp_path / "a.pdf").write_bytes(b"%PDF \xff")
     (tmp_path / "broken.jsonl").write_bytes(b"{\n")
     (tmp_path / "half.parquet").write_bytes(b"PAR1 and no more")
     given = {name: [f.format(tmp_path) for f in files] for name, files in sources.items()}
@@ -203,7 +202,7 @@ def test_a_stage_longer_than_its_data_is_refused_or_repeats():
 
 
 def test_order_by_difficulty_needs_difficulty():
-    with pytest.raises(ValueError, match="1 documents of 'web' have no metadata.difficulty"):
+    with pytest.raises(ValueError, match="1 documents of 'web' have no difficulty"):
         Packer(curriculum(order="easy_to_hard"), {"web": source([400, 400], difficulty=[0.1, float("nan")])})
     with pytest.raises(ValueError, match="mixes in 'web', which is no source; use code"):
         Packer(curriculum(), {"code": source([400])})

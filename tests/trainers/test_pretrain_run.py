@@ -33,8 +33,8 @@ def files(tmp_path_factory):
     with (folder / "curated.jsonl").open("w") as file:
         for number in range(3600):
             text = " ".join(rng.choices(words, k=rng.randint(3, 30)))
-            metadata = {"domain": DOMAINS[number % 9], "difficulty": rng.random()}
-            file.write(json.dumps({"text": text, "id": str(number), "metadata": metadata}) + "\n")
+            row = {"text": text, "id": str(number), "domain": DOMAINS[number % 9], "difficulty": rng.random()}
+            file.write(json.dumps(row) + "\n")
         file.write("{broken\n")
     tokenizer = train_tokenizer([" ".join(words)] * 3, 300)
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -65,7 +65,7 @@ def test_the_papers_stages_at_a_billionth(trained):
     assert logs[-1]["tokens"] == sum(tokens) and logs[-1]["loss"] < logs[0]["loss"] - 1
     assert {log["context"] for log in logs if log["stage"] == 2} == {16, 64, 128}
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 4 + 2 + 3 and "http" not in page and "1 lines that are not JSON" in page
+    assert page.count("<svg") == 4 + 2 + 3 and "http" not in page and "1 broken JSON" in page
     saved = AxK1ForCausalLM.from_pretrained(out)
     assert saved.config.rope_parameters["original_max_position_embeddings"] == 128
     assert (out / "tokenizer.json").is_file()
