@@ -127,7 +127,7 @@ def test_every_launch_config_is_understood_by_accelerate(name):
     config = load_config_from_file(str(ROOT / "recipes" / "accelerate" / f"{name}.yaml"))
     assert config.num_processes == 8 and config.mixed_precision == "bf16"
     # FSDP2 wraps what the model names.
-    assert AxK1ForCausalLM._no_split_modules == ["AxK1DecoderLayer"]
+    assert "AxK1DecoderLayer" in AxK1ForCausalLM._no_split_modules
 
 
 def test_prompts_of_every_source(start, tmp_path):
