@@ -56,7 +56,8 @@ def test_loaded_judges_the_held_out_rows_as_training_did(trained):
     held = split(texts)["test"]
     classifier = load_classifier(trained[0])
     again = evaluate(classifier, [texts[n] for n in held], [labels[n] for n in held])
-    assert {**again, "f1": None} == pytest.approx({**trained[1], "f1": None}, rel=1e-5)
+    assert again.pop("f1") == pytest.approx(trained[1]["f1"], rel=1e-5)
+    assert again == pytest.approx({name: value for name, value in trained[1].items() if name != "f1"}, rel=1e-4, abs=1e-6)
     assert classifier.temperature != 1
 
 
@@ -74,7 +75,7 @@ def test_ordered_labels_rank_texts(tmp_path):
     """Numeric labels are ordered by value: 10 lies above 9."""
     rng = random.Random(1)
     texts, labels = [], []
-    for _ in range(300):
+    for _ in range(600):
         steps = rng.choice([1, 9, 10])
         texts.append(" ".join(f"step {rng.randrange(9)}" for _ in range(steps * 3)))
         labels.append(str(steps))
