@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import doctest
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -156,7 +157,8 @@ def site(tmp_path_factory):
 
 def build(options: list[str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_the_site_has_every_page_and_fetches_nothing(site):
