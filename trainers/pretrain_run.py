@@ -36,9 +36,7 @@ class PretrainArguments:
     )
     data: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Files for the sources that list none: each document goes to the one named in its `domain`."
-        },
+        metadata={"help": "Files for the sources that list none: each document goes to the one named in its `domain`."},
     )
     scale: float = field(
         default=1.0, metadata={"help": "Factor on all tokens; contexts and batches shrink where they must."}

@@ -57,7 +57,9 @@ def test_loaded_judges_the_held_out_rows_as_training_did(trained):
     classifier = load_classifier(trained[0])
     again = evaluate(classifier, [texts[n] for n in held], [labels[n] for n in held])
     assert again.pop("f1") == pytest.approx(trained[1]["f1"], rel=1e-5)
-    assert again == pytest.approx({name: value for name, value in trained[1].items() if name != "f1"}, rel=1e-4, abs=1e-6)
+    assert again == pytest.approx(
+        {name: value for name, value in trained[1].items() if name != "f1"}, rel=1e-4, abs=1e-6
+    )
     assert classifier.temperature != 1
 
 
