@@ -62,6 +62,12 @@ def test_eight_bits_are_stored_as_bitsandbytes_stores_them():
     assert matrix_bytes(48, 64, "int8") == packed.nbytes + scales.nbytes
 
 
+def test_fp8_has_a_scale_a_tile_and_half_a_tile_is_one():
+    rows, columns = 576, 300
+    tiles = [(top, left) for top in range(0, rows, 128) for left in range(0, columns, 128)]
+    assert matrix_bytes(rows, columns, "fp8") == rows * columns + 4 * len(tiles)
+
+
 def test_a_tensor_parallel_gpu_has_the_split_tensors_in_part_and_the_others_whole():
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "vocab_size": 64}
     flags = {
