@@ -382,51 +382,56 @@ RESERVE = 0.10
 
 
 def matrix_bytes(rows: int, columns: int, form: str) -> int:
-    """Bytes of one linear layer's weight [rows, columns] in one of FORMS."""
+    """Bytes of one linear layer's weight [rows, columns] in one of FORMS, or in fp8: E4M3, an fp32 scale a block of 128 x 128
+    [DeepSeek-V3, 2412.19437, 3.3.2].
+    """
     count = rows * columns
     scales = -(-count // 64)
     return {
         "bf16": 2 * count,
+        "fp8": count + 4 * -(-rows // 128) * -(-columns // 128),
         "int8": count + 4 * rows,
         "nf4": -(-count // 2) + 4 * scales + 4 * 16,
         "nf4 double": -(-count // 2) + scales + 4 * -(-scales // 256) + 4 * 16 + 4 * 256 + 4,
     }[form]
 
 
-def block_bytes(config: AxK1Config, form: str) -> list[int]:
+def block_bytes(config: AxK1Config, form: str, *, tensor: int = 1, expert: int = 1) -> list[int]:
     """Bytes of what may stand on different cards, in order: embedding, each decoder layer, final norm and head.
 
     Linear layers are in `form`, all else in bf16 as the quantizer leaves it: embedding, head, norms, routers and their biases.
+    tensor, expert: cards over which what has heads, a width or the vocabulary is cut, and over which experts are dealt; the
+    bytes are then those of one card.
     """
     hidden, heads, experts = config.hidden_size, config.num_attention_heads, config.n_routed_experts
     latent_rope = config.kv_lora_rank + config.qk_rope_head_dim
-    attention = [
-        (config.q_lora_rank, hidden),
+    whole = [(config.q_lora_rank, hidden), (latent_rope, hidden)]
+    by_heads = [
         (heads * config.qk_head_dim, config.q_lora_rank),
-        (latent_rope, hidden),
         (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
         (hidden, heads * config.v_head_dim),
     ]
+
+    def over(cards: int, shapes: list[tuple[int, int]]) -> int:
+        return -(-sum(matrix_bytes(*shape, form) for shape in shapes) // cards)
+
+    def mlp(width: int) -> list[tuple[int, int]]:
+        return [(width, hidden), (width, hidden), (hidden, width)]
+
     biases = config.q_lora_rank + latent_rope + hidden if config.attention_bias else 0
     plain = 2 * (biases + (2 + config.post_mlp_norm) * hidden + config.q_lora_rank + config.kv_lora_rank)
-    attention_bytes = plain + sum(matrix_bytes(*shape, form) for shape in attention)
-
-    def mlp(width: int) -> int:
-        return 2 * matrix_bytes(width, hidden, form) + matrix_bytes(hidden, width, form)
-
-    shared = mlp(config.moe_intermediate_size * config.n_shared_experts)
+    attention = plain + over(1, whole) + over(tensor, by_heads)
     router = 2 * experts * hidden + 4 * experts * config.has_router_bias
-    sparse = experts * mlp(config.moe_intermediate_size) + shared + router
-    layers = [
-        attention_bytes + (sparse if kind == "sparse" else mlp(config.intermediate_size))
-        for kind in config.mlp_layer_types
-    ]
-    table = 2 * config.vocab_size * hidden
+    shared = over(tensor, mlp(config.moe_intermediate_size * config.n_shared_experts))
+    sparse = over(expert, experts * mlp(config.moe_intermediate_size)) + shared + router
+    dense = over(tensor, mlp(config.intermediate_size))
+    layers = [attention + (sparse if kind == "sparse" else dense) for kind in config.mlp_layer_types]
+    table = -(-2 * config.vocab_size * hidden // tensor)
     return [table, *layers, 2 * hidden + (0 if config.tie_word_embeddings else table)]
 
 
 def quantized_bytes(config: AxK1Config, form: str = "nf4 double") -> int:
-    """Bytes of a model's weights with its linear layers in one of FORMS, the routed experts included."""
+    """Bytes of a model's weights with its linear layers in one of FORMS or fp8, the routed experts included."""
     return sum(block_bytes(config, form))
 
 

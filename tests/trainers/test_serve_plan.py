@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import axk1
 from modeling_axk1 import AxK1Config, count_parameters
+from modeling_axk1.quantization_axk1 import cards_needed, matrix_bytes, quantized_bytes
 from tests.random_models import ours, random_config
 from trainers.serve_plan import (
     PRECISIONS,
@@ -17,13 +18,11 @@ from trainers.serve_plan import (
     fit,
     fullest_stage,
     plan_serving,
-    stored_bytes,
     token_bytes,
-    weight_bytes,
 )
 
 K1 = AxK1Config.preset("k1")
-BF16, FP8, INT8, NF4, NF4_DQ = PRECISIONS
+BF16, _, _, NF4, _ = PRECISIONS
 GPU = {gpu.name: gpu for gpu in SERVING_GPUS}
 
 
@@ -35,31 +34,38 @@ def real_bytes(model) -> dict[str, int]:
 @pytest.mark.parametrize("seed", [1, 3, 4])
 def test_bf16_weighs_what_the_model_weighs(seed):
     model = ours(random_config(seed, attention_bias=False, tie_word_embeddings=False))
-    assert weight_bytes(model.config, BF16) == sum(real_bytes(model).values())
+    assert quantized_bytes(model.config, "bf16") == sum(real_bytes(model).values())
 
 
 def test_k1_weighs_twice_its_parameters_and_its_biases():
     biases = 60 * 192 * 4
-    assert weight_bytes(K1, BF16) == 2 * count_parameters(K1)["total"] + biases
+    assert quantized_bytes(K1, "bf16") == 2 * count_parameters(K1)["total"] + biases
     # What bitsandbytes leaves of K1 if the experts are quantised too: measured tensor by tensor elsewhere, 295 GB.
-    assert 294e9 < weight_bytes(K1, NF4) < 296e9 and weight_bytes(K1, NF4) < 300e9
+    assert 294e9 < quantized_bytes(K1, "nf4") < 296e9
 
 
-@pytest.mark.parametrize("precision, double", [(NF4, False), (NF4_DQ, True)])
-def test_four_bits_are_stored_as_bitsandbytes_stores_them(precision, double):
+@pytest.mark.parametrize("form, double", [("nf4", False), ("nf4 double", True)])
+def test_four_bits_are_stored_as_bitsandbytes_stores_them(form, double):
     functional = pytest.importorskip("bitsandbytes").functional
     rows, columns = 256, 320
     packed, state = functional.quantize_4bit(
         torch.randn(rows, columns), quant_type="nf4", compress_statistics=double, blocksize=64
     )
-    real = packed.nbytes + state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
-    assert stored_bytes([(rows, columns)], precision) == pytest.approx(real, abs=4)
+    parts = [packed, state.absmax, state.code]
+    parts += [state.state2.absmax, state.state2.code, state.offset] if double else []
+    assert matrix_bytes(rows, columns, form) == sum(part.nbytes for part in parts)
 
 
 def test_eight_bits_are_stored_as_bitsandbytes_stores_them():
     functional = pytest.importorskip("bitsandbytes").functional
     packed, scales, _ = functional.int8_vectorwise_quant(torch.randn(48, 64, dtype=torch.float16))
-    assert stored_bytes([(48, 64)], INT8) == packed.nbytes + scales.nbytes
+    assert matrix_bytes(48, 64, "int8") == packed.nbytes + scales.nbytes
+
+
+def test_fp8_has_a_scale_a_tile_and_half_a_tile_is_one():
+    rows, columns = 576, 300
+    tiles = [(top, left) for top in range(0, rows, 128) for left in range(0, columns, 128)]
+    assert matrix_bytes(rows, columns, "fp8") == rows * columns + 4 * len(tiles)
 
 
 def test_a_tensor_parallel_gpu_has_the_split_tensors_in_part_and_the_others_whole():
@@ -91,7 +97,7 @@ def test_a_tensor_parallel_gpu_has_the_split_tensors_in_part_and_the_others_whol
 def test_stages_hold_all_layers_and_the_first_the_embedding():
     config = AxK1Config.preset("nano", num_hidden_layers=5)
     embedding = head = 2 * config.vocab_size * config.hidden_size
-    whole = weight_bytes(config, BF16)
+    whole = quantized_bytes(config, "bf16")
     assert fullest_stage(config, BF16, 1, tensor=1, expert=1) == (whole, 5)
     load, most = fullest_stage(config, BF16, 5, tensor=1, expert=1)
     assert most == 1
@@ -124,14 +130,17 @@ def test_the_cache_takes_what_is_left_and_no_more(precision):
 
 def test_fewest_gpus_and_what_they_hold():
     found = {way.precision: way for way in plan_serving(K1, gpu="h200", context=32768)}
-    # 1,038 GB do not go into 8 x 127 GB, 522 GB do; four cards hold 295 GB, two do not.
-    assert [found[name].gpus for name in ("bf16", "fp8", "int8", "nf4", "nf4-dq")] == [16, 8, 8, 4, 4]
+    # 1,038 GB do not go into 8 x 127 GB, 522 GB do, layer by layer into five; three cards hold 295 GB, two do not.
+    assert [found[name].gpus for name in ("bf16", "fp8", "int8", "nf4", "nf4 double")] == [16, 8, 5, 3, 3]
+    for name in ("int8", "nf4", "nf4 double"):
+        weights_alone, _ = cards_needed(K1, name, 141 * 10**9)
+        assert weights_alone == found[name].gpus, "what `axk1 info` says beside it"
     assert not list(fit(K1, NF4, GPU["h200"], 2, context=1, batch=1))
     assert not list(fit(K1, BF16, GPU["h200"], 8, context=1, batch=1))
     every = {way.gpu for way in plan_serving(K1)}
     assert every == {gpu.name for gpu in SERVING_GPUS}
     [more] = [way for way in plan_serving(K1, gpu="h200", context=131072, batch=40) if way.precision == "nf4"]
-    assert more.gpus == 8, "forty whole contexts need more cards"
+    assert more.gpus == 6, "forty whole contexts need more cards"
 
 
 def test_commands_say_the_layout():
