@@ -23,6 +23,7 @@ Writes `documents/*.jsonl` (columns `id`, `text`, `domain`, `difficulty`, `quali
 `report.html`, `report.json`. Killed? Run the same command again: finished tasks are kept.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -65,6 +66,7 @@ from trainers.curation_steps import (
     Reader,
     Tally,
     Words,
+    evaluation_texts,
     read_tally,
 )
 
@@ -178,7 +180,8 @@ def first_steps(recipe: Recipe, files: list[tuple[str, str, str]], dropped: str)
         evaluations = [str(Path(path).resolve()) for path in recipe.decontaminate["evaluations"]]
         words = {"words": recipe.decontaminate["words"]} if "words" in recipe.decontaminate else {}
         for path in evaluations:
-            files_of(path)
+            # Read to its end here, so that a bad one is refused before the work, not in it.
+            collections.deque(evaluation_texts(path), maxlen=0)
         steps.append(Decontaminated(evaluations, dropped, **words))
     for name in ("quality", "domain", "difficulty"):
         if section := getattr(recipe, name):

@@ -1,12 +1,16 @@
 """Does a recipe find what was planted, account for every document, survive a kill, and run the same on Slurm?"""
 
+import gzip
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
 import dill
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 from datatrove.data import Document
@@ -348,6 +352,49 @@ def test_decontamination_by_shared_words(tmp_path):
     assert step.filter(document(" ".join(question.split()[:12]) + " else")) is True
     assert step.filter(document(question.replace("48", "52").replace("half", "twice"))) is True
     assert step.filter(document("")) is True
+
+
+QUESTION = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
+@pytest.mark.parametrize(
+    "row",
+    [{"question": QUESTION}, {"messages": [{"role": "user", "content": QUESTION}], "n": 1}],
+    ids=["column", "chat"],
+)
+def test_evaluation_sets_of_any_format_count(tmp_path, kind, row):
+    path = tmp_path / f"eval.{kind}"
+    if kind == "parquet":
+        # Plain bytes of a Parquet file would show the text: in its pages, and as their least and greatest.
+        table = pyarrow.Table.from_pylist([row] * 9)
+        pyarrow.parquet.write_table(table, path, compression="gzip", write_statistics=False)
+    else:
+        path.write_bytes(gzip.compress(json.dumps(row).encode()))
+    step = Decontaminated([str(path)], str(tmp_path))
+    assert step.filter(document(f"Before. {QUESTION} After.")) == (False, f"in {path.name}")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "holds no text of 5 words or more"),
+        (b'{"question": "how many cats?"}\n', "holds no text of 5 words or more"),
+        (f'{{"question": "{QUESTION}"}}\n{{broken'.encode(), "cannot be read whole (broken JSON: 1)"),
+    ],
+    ids=["empty", "short", "broken"],
+)
+def test_an_evaluation_set_that_removes_nothing_is_refused_at_once(tmp_path, content, complaint):
+    (tmp_path / "eval.jsonl").write_bytes(content)
+    (tmp_path / "text.txt").write_text("some text")
+    recipe = Recipe(
+        str(tmp_path / "out"),
+        [{"name": "a", "path": str(tmp_path / "text.txt")}],
+        decontaminate={"evaluations": [str(tmp_path / "eval.jsonl")]},
+    )
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        curate(recipe)
+    assert not (tmp_path / "out" / "logs").exists()
 
 
 def test_heuristics_are_each_sources_own(tmp_path):
