@@ -274,8 +274,8 @@ def curate(recipe: Recipe) -> Path:
     ValueError if the folder was begun with another recipe or other files.
     """
     out = Path(recipe.out).resolve()
-    _claim(recipe, out)
     stages = stages_of(recipe, out)
+    _claim(recipe, out)
     executors = executors_of(recipe, out, stages)
     if recipe.slurm:
         executors[-1].run()
@@ -294,7 +294,13 @@ def curate(recipe: Recipe) -> Path:
 def _claim(recipe: Recipe, out: Path) -> None:
     """The folder belongs to one recipe and one state of its files: half of each would be neither."""
     state = {name: value for name, value in vars(recipe).items() if name not in ("workers", "slurm")}
-    state["files"] = [[*file, Path(file[1]).stat().st_size] for file in recipe.files()]
+    inputs = {Path(path) for _, path, _ in recipe.files()}
+    for section in (recipe.quality, recipe.domain, recipe.difficulty):
+        inputs.update(files_of(section["model"]) if section else ())
+    for path in recipe.decontaminate["evaluations"] if recipe.decontaminate else ():
+        inputs.update(files_of(path))
+    facts = ((str(path), path.stat()) for path in sorted(path.resolve() for path in inputs))
+    state["files"] = [[path, fact.st_size, fact.st_mtime_ns] for path, fact in facts]
     text = json.dumps(state, indent=2, ensure_ascii=False, default=str) + "\n"
     claimed = out / "recipe.json"
     if claimed.exists() and claimed.read_text() != text:

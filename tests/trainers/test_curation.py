@@ -17,7 +17,7 @@ from datatrove.data import Document
 from datatrove.pipeline.dedup import MinhashDedupFilter
 
 import axk1
-from trainers.curation import Recipe, collect, curate, executors_of, stages_of
+from trainers.curation import Recipe, _claim, collect, curate, executors_of, stages_of
 from trainers.curation_steps import Decontaminated, Heuristics, Language, Words, repeats
 from trainers.text_classifier import train_classifier
 
@@ -269,6 +269,27 @@ def test_a_folder_belongs_to_one_recipe(curated, planted, capsys):
         curate(recipe_of(planted[0], curated, sources=[{"name": "code", "path": str(planted[0] / "code2")}]))
 
 
+@pytest.mark.parametrize("changed", ["text.txt", "eval.jsonl", "quality/model.json"])
+def test_a_folder_belongs_to_one_state_of_its_files(tmp_path, monkeypatch, changed):
+    monkeypatch.chdir(tmp_path)
+    Path("quality").mkdir()
+    files = {"text.txt": "some text", "eval.jsonl": json.dumps({"q": QUESTION}), "quality/model.json": "{}"}
+    for name, content in files.items():
+        Path(name).write_text(content)
+    recipe = Recipe(
+        "out",
+        [{"name": "a", "path": "text.txt"}],
+        quality={"model": "quality"},
+        decontaminate={"evaluations": ["eval.jsonl"]},
+    )
+    _claim(recipe, Path("out"))
+    _claim(recipe, Path("out"))
+    # As many bytes as before, written later.
+    os.utime(changed, (0, 0))
+    with pytest.raises(ValueError, match="another recipe or other files"):
+        _claim(recipe, Path("out"))
+
+
 def test_from_the_command_line(planted, tmp_path, capsys):
     folder, _, _ = planted
     sources = [{"name": "code", "path": f"{folder}/code"}]
@@ -394,7 +415,8 @@ def test_an_evaluation_set_that_removes_nothing_is_refused_at_once(tmp_path, con
     )
     with pytest.raises(ValueError, match=re.escape(complaint)):
         curate(recipe)
-    assert not (tmp_path / "out" / "logs").exists()
+    # Mended, the same command begins.
+    assert not (tmp_path / "out").exists()
 
 
 def test_heuristics_are_each_sources_own(tmp_path):
