@@ -19,7 +19,7 @@
     slurm: {partition: cpu, time: "10:00:00"}                       # absent: this machine
 
 Writes `documents/*.jsonl` (columns `id`, `text`, `domain`, `difficulty`, `quality`, `language`, `source`, `file`, `position`,
-`copy`, `verdicts`; files in order of their names go from simple to hard), `dropped/STEP/*.jsonl` with the reason, and
+`columns`, `copy`, `order`, `verdicts`; files in order of their names go from simple to hard), `dropped/STEP/*.jsonl` with the reason, and
 `report.html`, `report.json`. Killed? Run the same command again: finished tasks are kept.
 """
 
@@ -124,6 +124,13 @@ class Recipe:
         total = sum(self.mixture.values()) if self.mixture else 1.0
         if abs(total - 1) > 1e-6 or any(share < 0 for share in (self.mixture or {}).values()):
             raise ValueError(f"The mixture's shares must be positive and sum to 1, got {total:g}; mend them.")
+        if self.mixture and not self.domain:
+            domains = {source.get("domain", "unknown") for source in self.sources}
+            if domains != set(self.mixture):
+                raise ValueError(
+                    f"The mixture names {', '.join(sorted(self.mixture))}, the sources' domains are "
+                    f"{', '.join(sorted(domains))}; give each a share, 0 to leave it out."
+                )
         if self.tasks < 1 or self.workers < 1 or self.max_repeats <= 0:
             raise ValueError(
                 f"tasks={self.tasks}, workers={self.workers}, max_repeats={self.max_repeats:g} must all be positive."

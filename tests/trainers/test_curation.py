@@ -306,6 +306,7 @@ def test_from_the_command_line(planted, tmp_path, capsys):
     [
         ({"mixture": {"web": 0.8, "code": 0.1}}, "must be positive and sum to 1, got 0.9"),
         ({"mixture": {"web": 1.2, "code": -0.2}}, "must be positive and sum to 1"),
+        ({"mixture": {"web": 0.6, "code": 0.4}}, "names code, web, the sources' domains are unknown"),
         ({"sources": []}, "has no source"),
         ({"sources": [{"name": "a"}]}, "needs name and path"),
         ({"sources": [{"name": "a", "path": "b"}, {"name": "a", "path": "c"}]}, "one name"),
@@ -325,6 +326,19 @@ def test_a_bad_recipe_is_refused_in_one_sentence(tmp_path, capsys, changes, comp
     assert axk1.main(["curate", "run", str(tmp_path / "recipe.yaml")]) == 2
     error = capsys.readouterr().err
     assert complaint in error and error.count("\n") == 1
+
+
+def test_a_mixture_names_every_domain_there_will_be(planted, tmp_path):
+    sources = [{"name": name, "path": str(planted[0] / name), "domain": name} for name in ("web", "code")]
+    for mixture in ({"web": 1.0}, {"web": 0.8, "cod": 0.2}, {"web": 0.5, "code": 0.2, "books": 0.3}):
+        with pytest.raises(ValueError, match="the sources' domains are code, web"):
+            recipe_of(planted[0], tmp_path, sources=sources, domain=None, mixture=mixture)
+    recipe_of(planted[0], tmp_path, sources=sources, domain=None, mixture={"web": 1.0, "code": 0.0})
+
+
+def test_the_shipped_recipe_is_consistent():
+    recipe = Recipe.read(Path(__file__).parents[2] / "recipes" / "configs" / "curate.yaml")
+    assert {source["domain"] for source in recipe.sources} == set(recipe.mixture)
 
 
 def test_repeats_fill_the_mixture_within_their_bound():
