@@ -19,8 +19,8 @@
     slurm: {partition: cpu, time: "10:00:00"}                       # absent: this machine
 
 Writes `documents/*.jsonl` (columns `id`, `text`, `domain`, `difficulty`, `quality`, `language`, `source`, `file`, `position`,
-`columns`, `copy`, `order`, `verdicts`; files in order of their names go from simple to hard), `dropped/STEP/*.jsonl` with the reason, and
-`report.html`, `report.json`. Killed? Run the same command again: finished tasks are kept.
+`columns`, `copy`, `order`, `verdicts`; files in order of their names go from simple to hard), `dropped/STEP/*.jsonl` with the
+reason, and `report.html`, `report.json`. Killed? Run the same command again: finished tasks are kept.
 """
 
 import collections
@@ -32,25 +32,29 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
-from datatrove.data import Document, DocumentsPipeline
-from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
-from datatrove.executor.base import PipelineExecutor
-from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup import (
-    ExactDedupFilter,
-    ExactDedupSignature,
-    ExactFindDedups,
-    MinhashConfig,
-    MinhashDedupBuckets,
-    MinhashDedupCluster,
-    MinhashDedupFilter,
-    MinhashDedupSignature,
-)
-from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
-from datatrove.pipeline.readers import JsonlReader
-from datatrove.pipeline.writers import JsonlWriter
-from datatrove.utils.hashing import HashConfig
 from tqdm import tqdm
+
+try:
+    from datatrove.data import Document, DocumentsPipeline
+    from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+    from datatrove.executor.base import PipelineExecutor
+    from datatrove.pipeline.base import PipelineStep
+    from datatrove.pipeline.dedup import (
+        ExactDedupFilter,
+        ExactDedupSignature,
+        ExactFindDedups,
+        MinhashConfig,
+        MinhashDedupBuckets,
+        MinhashDedupCluster,
+        MinhashDedupFilter,
+        MinhashDedupSignature,
+    )
+    from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.writers import JsonlWriter
+    from datatrove.utils.hashing import HashConfig
+except ImportError as missing:
+    raise ImportError("axk1 curate run needs datatrove; pip install 'axk1[curation]'.") from missing
 
 from trainers import report
 from trainers.corpus import MAX_DOCUMENT_BYTES, files_of

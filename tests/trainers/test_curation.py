@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import dill
@@ -299,6 +300,14 @@ def test_from_the_command_line(planted, tmp_path, capsys):
     said = capsys.readouterr().out
     assert ["kept", "documents", "40"] in [line.split() for line in said.splitlines()]
     assert (tmp_path / "out" / "report.html").exists() and len(rows_of(tmp_path / "out" / "documents")) == 40
+
+
+def test_without_datatrove_the_extra_is_named(tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith(("trainers.curation", "datatrove"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+    assert axk1.main(["curate", "run", str(tmp_path / "recipe.yaml")]) == 2
+    assert "pip install 'axk1[curation]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
