@@ -25,9 +25,10 @@ reason, and `report.html`, `report.json`. Killed? Run the same command again: fi
 
 import collections
 import contextlib
+import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -59,6 +60,9 @@ except ImportError as missing:
 from trainers import report
 from trainers.corpus import MAX_DOCUMENT_BYTES, files_of
 from trainers.curation_steps import (
+    DECONTAMINATION_WORDS,
+    GOPHER,
+    SHORTEST_QUESTION_WORDS,
     Classified,
     Decontaminated,
     DocumentWriter,
@@ -76,7 +80,6 @@ from trainers.curation_steps import (
 
 SOURCE_KEYS = {"name", "path", "text_key", "domain", "language", "heuristics"}
 SECTION_KEYS = {
-    "heuristics": {"quality", "repetition"},
     "language": {"keep", "minimum"},
     "quality": {"model", "minimum"},
     "domain": {"model"},
@@ -118,16 +121,26 @@ class Recipe:
     def __post_init__(self):
         _check_sources(self.sources)
         for name, allowed in SECTION_KEYS.items():
-            section = getattr(self, name)
-            unknown = set(section or {}) - allowed if isinstance(section, (dict, type(None))) else {section}
-            if unknown:
-                raise ValueError(f"{name}: {sorted(map(str, unknown))} is unknown; use {sorted(allowed)}.")
+            if (section := getattr(self, name)) is not None or name == "deduplicate":
+                _check_keys(name, section, allowed)
+        for rules in (self.heuristics, *(source.get("heuristics", {}) for source in self.sources)):
+            _check_heuristics(rules)
+        _check_list("language", self.language, "keep", "[en, ko]")
+        _check_list("decontaminate", self.decontaminate, "evaluations", "[gsm8k_test.jsonl]")
+        if (words := (self.decontaminate or {}).get("words", DECONTAMINATION_WORDS)) < SHORTEST_QUESTION_WORDS:
+            raise ValueError(f"decontaminate: words={words} is below {SHORTEST_QUESTION_WORDS}; use more.")
+        if self.slurm is not None and (missing := {"partition", "time"} - set(self.slurm)):
+            raise ValueError(f"slurm lacks {', '.join(sorted(missing))}; datatrove queues no job without.")
         for name in ("quality", "domain", "difficulty"):
-            if (section := getattr(self, name)) is not None and not Path(section.get("model", "")).is_dir():
+            section = getattr(self, name)
+            if section is not None and not (section.get("model") and Path(section["model"]).is_dir()):
                 raise ValueError(f"{name}: {section} names no folder with a classifier as its model; train one first.")
-        total = sum(self.mixture.values()) if self.mixture else 1.0
-        if abs(total - 1) > 1e-6 or any(share < 0 for share in (self.mixture or {}).values()):
-            raise ValueError(f"The mixture's shares must be positive and sum to 1, got {total:g}; mend them.")
+        shares = list(self.mixture.values()) if self.mixture else [1.0]
+        are_numbers = all(isinstance(share, (int, float)) and share >= 0 for share in shares)
+        if not are_numbers or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(
+                f"The mixture's shares must be numbers from 0 that sum to 1, got {self.mixture}; mend them."
+            )
         if self.mixture and not self.domain:
             domains = {source.get("domain", "unknown") for source in self.sources}
             if domains != set(self.mixture):
@@ -161,6 +174,25 @@ class Recipe:
             for source in self.sources
             for path in files_of(source["path"])
         ]
+
+
+def _check_keys(name: str, section: object, allowed: Set[str]) -> None:
+    if not isinstance(section, dict):
+        raise ValueError(f"{name}: {section} is no mapping; write {{}} for none of {sorted(allowed)}.")
+    if unknown := set(section) - allowed:
+        raise ValueError(f"{name}: {sorted(map(str, unknown))} is unknown; use {sorted(allowed)}.")
+
+
+def _check_heuristics(rules: object) -> None:
+    _check_keys("heuristics", rules, set(GOPHER))
+    for part, thresholds in rules.items():
+        known = set(inspect.signature(GOPHER[part]).parameters) - {"exclusion_writer", "language"}
+        _check_keys(f"heuristics.{part}", thresholds, known)
+
+
+def _check_list(name: str, section: Mapping | None, key: str, example: str) -> None:
+    if section is not None and not (isinstance(section.get(key), list) and section[key]):
+        raise ValueError(f"{name} needs {key}, a list such as {example}.")
 
 
 def _check_sources(sources: Sequence[Mapping]) -> None:

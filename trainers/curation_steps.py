@@ -31,6 +31,8 @@ WORD = re.compile(rf"{CHARACTER}|(?:(?!{CHARACTER})\w)+")
 # Brown et al. 2020 (arXiv 2005.14165) decontaminated GPT-3 by 13-grams; a shorter question counts as one gram.
 DECONTAMINATION_WORDS, SHORTEST_QUESTION_WORDS = 13, 5
 
+GOPHER = {"quality": GopherQualityFilter, "repetition": GopherRepetitionFilter}
+
 
 class Words(WordTokenizer):
     """Words of any language without a model: datatrove's own tokenizers want spaCy or NLTK's downloads."""
