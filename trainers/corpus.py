@@ -135,6 +135,16 @@ def _damage_counted(counts: Counter) -> Iterator[None]:
         counts["broken compression"] += 1
 
 
+def unread(counts: Counter) -> dict[str, int]:
+    """Of the counts of `read_records`, the reasons why something was not read."""
+    return {reason: count for reason, count in counts.items() if reason not in ("documents", "bytes")}
+
+
+def no_text_error(path: str | Path, text_key: str, counts: Counter) -> ValueError:
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in unread(counts).items())
+    return ValueError(f"{path} holds no text under {text_key!r} ({reasons}); name the column with --text-key.")
+
+
 def _utf8_length(text: str) -> int | None:
     """None for a lone surrogate, which JSON can escape and UTF-8 cannot hold."""
     try:
