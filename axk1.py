@@ -64,7 +64,7 @@ of ThinkFusionConfig (TRL's SFTConfig and more), of TRL's ModelConfig (LoRA, dty
 A flag overrides the YAML file's value. `axk1 sft --all-settings` lists them all. --push_to_hub pushes at the end.""",
     "pretrain": """examples:
   axk1 pretrain recipes/k1_stages.yaml --data CURATED.jsonl --model nano --tokenizer DIR --scale 1e-9
-  axk1 pretrain STAGES.yaml --data 'curated/*.jsonl' --model PLANNED --tokenizer DIR --output_dir runs/pretrain
+  axk1 pretrain STAGES.yaml --data 'curated/documents/*.jsonl' --model PLANNED --tokenizer DIR --output_dir runs/pretrain
   axk1 pretrain STAGES.yaml ... --optimizer muon --recompute selective --on_spike rollback --bf16 true
   torchrun --nproc_per_node 8 -m axk1 pretrain STAGES.yaml ...      see recipes/launch for Slurm
 

@@ -1,19 +1,20 @@
 """Which documents are in these files? JSONL, Parquet, plain text and WARC as one stream; what cannot be read is counted."""
 
 import glob
-import gzip
 import json
 import lzma
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
+from fsspec.utils import infer_compression
 
 # Larger than any document that a training run wants, small enough to hold a few of in memory.
 MAX_DOCUMENT_BYTES = 20_000_000
@@ -47,13 +48,19 @@ def format_of(path: str | Path) -> str:
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """The file itself, a folder's files, or those that a pattern (`src/**/*.py`) matches, by name. ValueError if none."""
+    """The file itself, a folder's files, or those that a pattern (`src/**/*.py`) matches, by name. ValueError if none.
+
+    ImportError for one whose compression nothing here unpacks: its bytes would be taken for text.
+    """
     pattern = str(path / "**" / "*") if (path := Path(path)).is_dir() else str(path)
     files = [file for name in sorted(glob.glob(pattern, recursive=True)) if (file := Path(name)).is_file()]
     if path.is_file():
         files = [path]
     if not files:
         raise ValueError(f"{path} names no file; give a file, a folder with documents, or a quoted pattern.")
+    for file in files:
+        if file.suffix.lower() in COMPRESSED and infer_compression(file.name) is None:
+            raise ImportError(f"{file} needs a package to be unpacked; pip install zstandard, or compress it by gzip.")
     return files
 
 
@@ -82,7 +89,7 @@ def read_records(
     if format not in readers:
         raise ValueError(f"The format {format!r} is unknown; use one of {', '.join(readers)}.")
     before = sum(counts.values())
-    try:
+    with _damage_counted(counts):
         for record in readers[format](file, counts, text_key, max_bytes):
             if not record.text.strip():
                 counts["no text"] += 1
@@ -94,10 +101,48 @@ def read_records(
                 counts["documents"] += 1
                 counts["bytes"] += size
                 yield record
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError):
-        counts["broken compression"] += 1
     if sum(counts.values()) == before:
         counts["empty file"] += 1
+
+
+def whole_rows(file: BinaryIO, format: str, counts: Counter) -> Iterator[object]:
+    """Every row of one open file with all its columns, or the text of a document that has none; `counts` gets only what
+    could not be read, by the reasons of `read_records`.
+    """
+    with _damage_counted(counts):
+        if format == "jsonl":
+            yield from (row for _, row in _json_rows(file, counts, MAX_DOCUMENT_BYTES))
+        elif format == "parquet":
+            for batch in _parquet_batches(file, counts):
+                yield from batch.to_pylist()
+        else:
+            read = _read_warc if format == "warc" else _read_text
+            yield from (record.text for record in read(file, counts, "text", MAX_DOCUMENT_BYTES))
+
+
+@contextmanager
+def _damage_counted(counts: Counter) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError:
+        counts["invalid UTF-8"] += 1
+    except (EOFError, zlib.error, lzma.LZMAError):
+        counts["broken compression"] += 1
+    except OSError as error:
+        # gzip's and bz2's own have no number; those of a disk or network have one.
+        if error.errno is not None:
+            raise
+        counts["broken compression"] += 1
+
+
+def unread(counts: Counter) -> dict[str, int]:
+    """Of the counts of `read_records`, the reasons why something was not read."""
+    return {reason: count for reason, count in counts.items() if reason not in ("documents", "bytes")}
+
+
+def no_text_error(path: str | Path, text_key: str, counts: Counter) -> ValueError:
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in unread(counts).items())
+    return ValueError(f"{path} holds no text under {text_key!r} ({reasons}); name the column with --text-key.")
 
 
 def _utf8_length(text: str) -> int | None:
@@ -109,6 +154,15 @@ def _utf8_length(text: str) -> int | None:
 
 
 def _read_jsonl(file: BinaryIO, counts: Counter, text_key: str, max_bytes: int) -> Iterator[Record]:
+    for position, row in _json_rows(file, counts, max_bytes):
+        text = row.pop(text_key, None) if isinstance(row, dict) else None
+        if isinstance(text, str):
+            yield Record(text, position, row)
+        else:
+            counts["no text"] += 1
+
+
+def _json_rows(file: BinaryIO, counts: Counter, max_bytes: int) -> Iterator[tuple[int, object]]:
     # Escapes (\u0000) make a line up to six times as long as its text.
     for position, line in enumerate(_lines(file, 6 * max_bytes + 65_536)):
         if line is None:
@@ -120,15 +174,10 @@ def _read_jsonl(file: BinaryIO, counts: Counter, text_key: str, max_bytes: int) 
             row = json.loads(line.decode())
         except UnicodeDecodeError:
             counts["invalid UTF-8"] += 1
-            continue
         except (ValueError, RecursionError):
             counts["broken JSON"] += 1
-            continue
-        text = row.pop(text_key, None) if isinstance(row, dict) else None
-        if isinstance(text, str):
-            yield Record(text, position, row)
         else:
-            counts["no text"] += 1
+            yield position, row
 
 
 def _lines(file: BinaryIO, limit_bytes: int) -> Iterator[bytes | None]:
@@ -144,27 +193,34 @@ def _lines(file: BinaryIO, limit_bytes: int) -> Iterator[bytes | None]:
 
 def _read_parquet(file: BinaryIO, counts: Counter, text_key: str, max_bytes: int) -> Iterator[Record]:
     import pyarrow
-    import pyarrow.parquet
 
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        columns = {field.name: field.type for field in table.schema_arrow}
-    except pyarrow.ArrowInvalid:
-        counts["broken Parquet"] += 1
-        return
-    if columns.get(text_key) not in (pyarrow.string(), pyarrow.large_string()):
-        counts["no text"] += table.metadata.num_rows
-        return
     position = 0
-    for batch in table.iter_batches(batch_size=256):
+    for batch in _parquet_batches(file, counts):
+        names = batch.schema.names
+        if text_key not in names or batch.column(text_key).type not in (pyarrow.string(), pyarrow.large_string()):
+            counts["no text"] += batch.num_rows
+            continue
         texts = batch.column(text_key).cast(pyarrow.binary()).to_pylist()
-        others = batch.drop_columns([text_key]).to_pylist() if len(columns) > 1 else [{} for _ in texts]
+        others = batch.drop_columns([text_key]).to_pylist() if len(names) > 1 else [{} for _ in texts]
         for text, row in zip(texts, others, strict=True):
             if text is None:
                 counts["no text"] += 1
             elif (decoded := _decode(text, counts)) is not None:
                 yield Record(decoded, position, row)
             position += 1
+
+
+def _parquet_batches(file: BinaryIO, counts: Counter) -> Iterator:
+    """Its rows as `pyarrow.RecordBatch`es, up to the first damage."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        yield from pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256)
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        counts["broken Parquet"] += 1
 
 
 def _decode(content: bytes, counts: Counter) -> str | None:
@@ -184,8 +240,11 @@ def _read_text(file: BinaryIO, counts: Counter, text_key: str, max_bytes: int) -
 
 
 def _read_warc(file: BinaryIO, counts: Counter, text_key: str, max_bytes: int) -> Iterator[Record]:
-    from warcio.archiveiterator import ArchiveIterator
-    from warcio.exceptions import ArchiveLoadFailed
+    try:
+        from warcio.archiveiterator import ArchiveIterator
+        from warcio.exceptions import ArchiveLoadFailed
+    except ImportError as missing:
+        raise ImportError("WARC is read by warcio; pip install 'axk1[curation]'.") from missing
 
     try:
         for position, record in enumerate(ArchiveIterator(file)):

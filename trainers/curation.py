@@ -19,41 +19,50 @@
     slurm: {partition: cpu, time: "10:00:00"}                       # absent: this machine
 
 Writes `documents/*.jsonl` (columns `id`, `text`, `domain`, `difficulty`, `quality`, `language`, `source`, `file`, `position`,
-`copy`, `verdicts`; files in order of their names go from simple to hard), `dropped/STEP/*.jsonl` with the reason, and
-`report.html`, `report.json`. Killed? Run the same command again: finished tasks are kept.
+`columns`, `copy`, `order`, `verdicts`; files in order of their names go from simple to hard), `dropped/STEP/*.jsonl` with the
+reason, and `report.html`, `report.json`. Killed? Run the same command again: finished tasks are kept.
 """
 
+import collections
 import contextlib
+import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
-from datatrove.data import Document, DocumentsPipeline
-from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
-from datatrove.executor.base import PipelineExecutor
-from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup import (
-    ExactDedupFilter,
-    ExactDedupSignature,
-    ExactFindDedups,
-    MinhashConfig,
-    MinhashDedupBuckets,
-    MinhashDedupCluster,
-    MinhashDedupFilter,
-    MinhashDedupSignature,
-)
-from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
-from datatrove.pipeline.readers import JsonlReader
-from datatrove.pipeline.writers import JsonlWriter
-from datatrove.utils.hashing import HashConfig
 from tqdm import tqdm
+
+try:
+    from datatrove.data import Document, DocumentsPipeline
+    from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+    from datatrove.executor.base import PipelineExecutor
+    from datatrove.pipeline.base import PipelineStep
+    from datatrove.pipeline.dedup import (
+        ExactDedupFilter,
+        ExactDedupSignature,
+        ExactFindDedups,
+        MinhashConfig,
+        MinhashDedupBuckets,
+        MinhashDedupCluster,
+        MinhashDedupFilter,
+        MinhashDedupSignature,
+    )
+    from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.writers import JsonlWriter
+    from datatrove.utils.hashing import HashConfig
+except ImportError as missing:
+    raise ImportError("axk1 curate run needs datatrove; pip install 'axk1[curation]'.") from missing
 
 from trainers import report
 from trainers.corpus import MAX_DOCUMENT_BYTES, files_of
 from trainers.curation_steps import (
+    DECONTAMINATION_WORDS,
+    GOPHER,
+    SHORTEST_QUESTION_WORDS,
     Classified,
     Decontaminated,
     DocumentWriter,
@@ -65,12 +74,12 @@ from trainers.curation_steps import (
     Reader,
     Tally,
     Words,
+    evaluation_texts,
     read_tally,
 )
 
 SOURCE_KEYS = {"name", "path", "text_key", "domain", "language", "heuristics"}
 SECTION_KEYS = {
-    "heuristics": {"quality", "repetition"},
     "language": {"keep", "minimum"},
     "quality": {"model", "minimum"},
     "domain": {"model"},
@@ -112,16 +121,33 @@ class Recipe:
     def __post_init__(self):
         _check_sources(self.sources)
         for name, allowed in SECTION_KEYS.items():
-            section = getattr(self, name)
-            unknown = set(section or {}) - allowed if isinstance(section, (dict, type(None))) else {section}
-            if unknown:
-                raise ValueError(f"{name}: {sorted(map(str, unknown))} is unknown; use {sorted(allowed)}.")
+            if (section := getattr(self, name)) is not None or name == "deduplicate":
+                _check_keys(name, section, allowed)
+        for rules in (self.heuristics, *(source.get("heuristics", {}) for source in self.sources)):
+            _check_heuristics(rules)
+        _check_list("language", self.language, "keep", "[en, ko]")
+        _check_list("decontaminate", self.decontaminate, "evaluations", "[gsm8k_test.jsonl]")
+        if (words := (self.decontaminate or {}).get("words", DECONTAMINATION_WORDS)) < SHORTEST_QUESTION_WORDS:
+            raise ValueError(f"decontaminate: words={words} is below {SHORTEST_QUESTION_WORDS}; use more.")
+        if self.slurm is not None and (missing := {"partition", "time"} - set(self.slurm)):
+            raise ValueError(f"slurm lacks {', '.join(sorted(missing))}; datatrove queues no job without.")
         for name in ("quality", "domain", "difficulty"):
-            if (section := getattr(self, name)) is not None and not Path(section.get("model", "")).is_dir():
+            section = getattr(self, name)
+            if section is not None and not (section.get("model") and Path(section["model"]).is_dir()):
                 raise ValueError(f"{name}: {section} names no folder with a classifier as its model; train one first.")
-        total = sum(self.mixture.values()) if self.mixture else 1.0
-        if abs(total - 1) > 1e-6 or any(share < 0 for share in (self.mixture or {}).values()):
-            raise ValueError(f"The mixture's shares must be positive and sum to 1, got {total:g}; mend them.")
+        shares = list(self.mixture.values()) if self.mixture else [1.0]
+        are_numbers = all(isinstance(share, (int, float)) and share >= 0 for share in shares)
+        if not are_numbers or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(
+                f"The mixture's shares must be numbers from 0 that sum to 1, got {self.mixture}; mend them."
+            )
+        if self.mixture and not self.domain:
+            domains = {source.get("domain", "unknown") for source in self.sources}
+            if domains != set(self.mixture):
+                raise ValueError(
+                    f"The mixture names {', '.join(sorted(self.mixture))}, the sources' domains are "
+                    f"{', '.join(sorted(domains))}; give each a share, 0 to leave it out."
+                )
         if self.tasks < 1 or self.workers < 1 or self.max_repeats <= 0:
             raise ValueError(
                 f"tasks={self.tasks}, workers={self.workers}, max_repeats={self.max_repeats:g} must all be positive."
@@ -148,6 +174,25 @@ class Recipe:
             for source in self.sources
             for path in files_of(source["path"])
         ]
+
+
+def _check_keys(name: str, section: object, allowed: Set[str]) -> None:
+    if not isinstance(section, dict):
+        raise ValueError(f"{name}: {section} is no mapping; write {{}} for none of {sorted(allowed)}.")
+    if unknown := set(section) - allowed:
+        raise ValueError(f"{name}: {sorted(map(str, unknown))} is unknown; use {sorted(allowed)}.")
+
+
+def _check_heuristics(rules: object) -> None:
+    _check_keys("heuristics", rules, set(GOPHER))
+    for part, thresholds in rules.items():
+        known = set(inspect.signature(GOPHER[part]).parameters) - {"exclusion_writer", "language"}
+        _check_keys(f"heuristics.{part}", thresholds, known)
+
+
+def _check_list(name: str, section: Mapping | None, key: str, example: str) -> None:
+    if section is not None and not (isinstance(section.get(key), list) and section[key]):
+        raise ValueError(f"{name} needs {key}, a list such as {example}.")
 
 
 def _check_sources(sources: Sequence[Mapping]) -> None:
@@ -178,7 +223,8 @@ def first_steps(recipe: Recipe, files: list[tuple[str, str, str]], dropped: str)
         evaluations = [str(Path(path).resolve()) for path in recipe.decontaminate["evaluations"]]
         words = {"words": recipe.decontaminate["words"]} if "words" in recipe.decontaminate else {}
         for path in evaluations:
-            files_of(path)
+            # Read to its end here, so that a bad one is refused before the work, not in it.
+            collections.deque(evaluation_texts(path), maxlen=0)
         steps.append(Decontaminated(evaluations, dropped, **words))
     for name in ("quality", "domain", "difficulty"):
         if section := getattr(recipe, name):
@@ -271,8 +317,8 @@ def curate(recipe: Recipe) -> Path:
     ValueError if the folder was begun with another recipe or other files.
     """
     out = Path(recipe.out).resolve()
-    _claim(recipe, out)
     stages = stages_of(recipe, out)
+    _claim(recipe, out)
     executors = executors_of(recipe, out, stages)
     if recipe.slurm:
         executors[-1].run()
@@ -291,7 +337,13 @@ def curate(recipe: Recipe) -> Path:
 def _claim(recipe: Recipe, out: Path) -> None:
     """The folder belongs to one recipe and one state of its files: half of each would be neither."""
     state = {name: value for name, value in vars(recipe).items() if name not in ("workers", "slurm")}
-    state["files"] = [[*file, Path(file[1]).stat().st_size] for file in recipe.files()]
+    inputs = {Path(path) for _, path, _ in recipe.files()}
+    for section in (recipe.quality, recipe.domain, recipe.difficulty):
+        inputs.update(files_of(section["model"]) if section else ())
+    for path in recipe.decontaminate["evaluations"] if recipe.decontaminate else ():
+        inputs.update(files_of(path))
+    facts = ((str(path), path.stat()) for path in sorted(path.resolve() for path in inputs))
+    state["files"] = [[path, fact.st_size, fact.st_mtime_ns] for path, fact in facts]
     text = json.dumps(state, indent=2, ensure_ascii=False, default=str) + "\n"
     claimed = out / "recipe.json"
     if claimed.exists() and claimed.read_text() != text:

@@ -22,7 +22,7 @@ from datatrove.pipeline.filters.gopher_repetition_filter import GopherRepetition
 from datatrove.pipeline.writers.jsonl import JsonlWriter
 from datatrove.utils.word_tokenizers import WordTokenizer
 
-from trainers.corpus import MAX_DOCUMENT_BYTES, format_of, read_records
+from trainers.corpus import MAX_DOCUMENT_BYTES, files_of, format_of, read_records, whole_rows
 from trainers.text_classifier import MAX_CHARACTERS, level, load_classifier
 
 # Scripts without blanks between words, and Korean, whose words carry their particles: a character is a word.
@@ -30,6 +30,8 @@ CHARACTER = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3]"
 WORD = re.compile(rf"{CHARACTER}|(?:(?!{CHARACTER})\w)+")
 # Brown et al. 2020 (arXiv 2005.14165) decontaminated GPT-3 by 13-grams; a shorter question counts as one gram.
 DECONTAMINATION_WORDS, SHORTEST_QUESTION_WORDS = 13, 5
+
+GOPHER = {"quality": GopherQualityFilter, "repetition": GopherRepetitionFilter}
 
 
 class Words(WordTokenizer):
@@ -262,16 +264,33 @@ def hashed_grams(words: Sequence[str], size: int) -> Iterator[int]:
 
 
 def evaluation_texts(path: str) -> Iterator[str]:
-    """Every text of an evaluation set's rows: question, prompt and answer alike."""
-    from trainers.corpus import files_of
+    """Every text of an evaluation set's rows: question, prompt, answer and the turns of a chat alike.
 
-    for file in files_of(path):
-        if format_of(file) != "jsonl":
-            yield file.read_text(encoding="utf-8", errors="replace")
-            continue
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            row = json.loads(line) if line.strip() else {}
-            yield from (value for value in row.values() if isinstance(value, str))
+    ValueError if something of it cannot be read, or no text is long enough to be found again: it would protect nothing.
+    """
+    unreadable: Counter = Counter()
+    longest = 0
+    for name in files_of(path):
+        with fsspec.open(str(name), "rb", compression="infer") as file:
+            for row in whole_rows(file, format_of(name), unreadable):
+                for text in _strings(row):
+                    longest = max(longest, len(plain_words(text)))
+                    yield text
+    if unreadable:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in unreadable.items())
+        raise ValueError(f"The evaluation set {path} cannot be read whole ({reasons}); mend it.")
+    if longest < SHORTEST_QUESTION_WORDS:
+        raise ValueError(
+            f"The evaluation set {path} holds no text of {SHORTEST_QUESTION_WORDS} words or more; name another file."
+        )
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(part)
 
 
 class Tally(PipelineStep):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trainers.corpus import files_of, read_documents
+from trainers.corpus import files_of, no_text_error, read_documents, unread
 
 # Many forms of one content: a single prompt makes documents that resemble each other more than their seeds do.
 FORMS = (
@@ -57,21 +57,28 @@ class Reply:
 
 
 def seed_requests(
-    path: str | Path, *, language: str, forms_each: int, seed: int, text_key: str = "text"
+    path: str | Path, *, language: str, forms_each: int, seed: int, counts: Counter, text_key: str = "text"
 ) -> Iterator[Request]:
-    """`forms_each` prompts for each document of the files, its beginning quoted in them."""
+    """`forms_each` prompts for each document of the files, its beginning quoted in them; `counts` as in `read_documents`.
+
+    ValueError if no document was read.
+    """
     for file in files_of(path):
-        for record in read_documents([file], Counter(), text_key=text_key):
+        for record in read_documents([file], counts, text_key=text_key):
             quoted = record.text[:SEED_CHARACTERS]
             for form in _forms(quoted, forms_each, seed):
                 prompt = SEED_PROMPT.format(form=form, language=language, seed=quoted)
                 yield Request(prompt, {"seed_file": str(file), "seed_position": record.position, "form": form})
+    if not counts["documents"]:
+        raise no_text_error(path, text_key, counts)
 
 
 def topic_requests(path: str | Path, *, language: str, forms_each: int, seed: int) -> Iterator[Request]:
-    """`forms_each` prompts for each line of the file."""
-    topics = (line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
-    for topic in filter(None, topics):
+    """`forms_each` prompts for each line of the file; ValueError if it holds none."""
+    topics = [topic for line in Path(path).read_text(encoding="utf-8").splitlines() if (topic := line.strip())]
+    if not topics:
+        raise ValueError(f"{path} holds no topic; write one a line.")
+    for topic in topics:
         for form in _forms(topic, forms_each, seed):
             yield Request(
                 TOPIC_PROMPT.format(form=form, language=language, topic=topic), {"topic": topic, "form": form}
@@ -207,12 +214,17 @@ def run_synthesize(
     seed: int,
 ) -> None:
     """`axk1 curate synthesize`."""
-    if seeds:
-        requests = seed_requests(seeds, language=language, forms_each=forms, seed=seed, text_key=text_key)
-    else:
-        requests = topic_requests(topics, language=language, forms_each=forms, seed=seed)
+    read: Counter = Counter()
+    asked = {"language": language, "forms_each": forms, "seed": seed}
+    requests = (
+        seed_requests(seeds, **asked, counts=read, text_key=text_key) if seeds else topic_requests(topics, **asked)
+    )
+    # Drawn before a model is loaded or a file begun: there may be none.
+    requests = itertools.chain([next(requests)], requests)
     sampling = {"max_tokens": max_tokens, "temperature": temperature}
     write = server_writer(server, model, **sampling) if server else local_writer(model, **sampling, seed=seed)
     # One model in this process answers one request at a time.
     counts = synthesize(requests, write, out, model=model, workers=workers if server else 1)
     print(f"{out}: " + ", ".join(f"{what} {count:,}" for what, count in counts.items() if count))
+    if missing := unread(read):
+        print("seeds not read: " + ", ".join(f"{reason} {count:,}" for reason, count in missing.items()))

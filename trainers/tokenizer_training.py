@@ -7,6 +7,7 @@ pairs in them stand; it grows with the sample, hence the bound on its bytes.
 import itertools
 import json
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from trainers.corpus import files_of, read_documents
+from trainers.corpus import files_of, no_text_error, read_documents, unread
 from trainers.tokenizer import train_tokenizer
 
 # Of a longer document only so much is learned from, or one file would weigh as a thousand.
@@ -70,8 +71,7 @@ def sample_texts(sources: Sequence[Source], sample_bytes: int, *, text_key: str 
     """
     for source in sources:
         if not source.measure(text_key):
-            counts = ", ".join(f"{reason}: {count}" for reason, count in (+source.counts).items())
-            raise ValueError(f"{source.path} holds no text under {text_key!r} ({counts}); name another column or file.")
+            raise no_text_error(source.path, text_key, source.counts)
     sample_bytes = min(sample_bytes, *(source.counts["bytes"] / source.share for source in sources))
     for source in sources:
         quota = sample_bytes * source.share
@@ -156,10 +156,15 @@ def compare(tokenizers: Sequence[str | Path], texts: Sequence[str], limit: int, 
         name, _, path = described.partition("=")
         if not path:
             raise ValueError(f"{described!r} names no texts; write NAME=PATH, such as ko=reviews.jsonl.")
-        records = read_documents(files_of(path), Counter(), text_key=text_key)
+        counts: Counter = Counter()
+        records = read_documents(files_of(path), counts, text_key=text_key)
         sample = [record.text[:MAX_PIECE_CHARACTERS] for record in itertools.islice(records, limit)]
         if not sample:
-            raise ValueError(f"{path} holds no text under {text_key!r}; name the column with --text-key.")
+            raise no_text_error(path, text_key, counts)
+        if missing := unread(counts):
+            # Beside the table, which may be read by a program.
+            told = ", ".join(f"{reason} {count:,}" for reason, count in missing.items())
+            print(f"{name}: not read: {told}", file=sys.stderr)
         for place in tokenizers:
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
             rows.append({"texts": name, "tokenizer": str(place), **compression(tokenizer, sample)})

@@ -1,8 +1,11 @@
 """Is every document of every format read with its place, and whatever cannot be read counted, in bounded memory?"""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
+import sys
 import tracemalloc
 from collections import Counter
 
@@ -95,6 +98,15 @@ def test_parquet():
     assert read(b"PAR1 not really", "parquet")[1] == {"broken Parquet": 1}
 
 
+def test_damaged_pages_of_parquet_are_counted():
+    buffer = io.BytesIO()
+    texts = [f"{n} {n * n} text" for n in range(2000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), buffer, use_dictionary=False)
+    content = bytearray(buffer.getvalue())
+    content[4:400] = b"\xff" * 396
+    assert read(bytes(content), "parquet")[1] == {"broken Parquet": 1}
+
+
 def warc_record(kind: str, content_type: str, body: bytes, http: bool) -> bytes:
     payload = body
     if http:
@@ -123,6 +135,12 @@ def test_warc():
     assert read(b"no archive at all" * 9, "warc")[1] == {"empty file": 1}
 
 
+def test_warc_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "warcio.archiveiterator", None)
+    with pytest.raises(ImportError, match=r"pip install 'axk1\[curation\]'"):
+        read(b"WARC/1.0", "warc")
+
+
 def test_html_leaves_out_what_nobody_reads():
     html = "<nav>menu</nav><h1>Title</h1>a <i>b</i><style>x{}</style><div>c\n d</div><pre>if x:\n    y</pre>"
     assert text_of_html(html) == "Title\na b\nc d\nif x:\n    y"
@@ -143,3 +161,21 @@ def test_files_in_order_also_compressed_and_by_pattern(tmp_path):
     assert files_of(f"{tmp_path}/**/*.gz") == [tmp_path / "sub" / "a.jsonl.gz"]
     with pytest.raises(ValueError, match="names no file"):
         files_of(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("module", [gzip, bz2, lzma], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_broken_compression_is_counted(tmp_path, module, damage):
+    suffix = {"gzip": "gz", "bz2": "bz2", "lzma": "xz"}[module.__name__]
+    whole = module.compress(json.dumps({"text": "zipped"}).encode())
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(whole[:-12] if damage == "cut" else whole[:12] + b"\xff" * 20 + whole[32:])
+    counts = Counter()
+    assert list(read_documents(files_of(path), counts)) == [] and counts == {"broken compression": 1}
+
+
+def test_zstandard_is_refused_not_read_as_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainers.corpus.infer_compression", {"gz": "gzip"}.get)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(ImportError, match="a.jsonl.zst .* pip install zstandard"):
+        files_of(tmp_path)

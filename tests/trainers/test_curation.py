@@ -1,19 +1,24 @@
 """Does a recipe find what was planted, account for every document, survive a kill, and run the same on Slurm?"""
 
+import gzip
 import json
 import os
 import random
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import dill
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 from datatrove.data import Document
 from datatrove.pipeline.dedup import MinhashDedupFilter
 
 import axk1
-from trainers.curation import Recipe, collect, curate, executors_of, stages_of
+from trainers.curation import Recipe, _claim, collect, curate, executors_of, stages_of
 from trainers.curation_steps import Decontaminated, Heuristics, Language, Words, repeats
 from trainers.text_classifier import train_classifier
 
@@ -265,6 +270,27 @@ def test_a_folder_belongs_to_one_recipe(curated, planted, capsys):
         curate(recipe_of(planted[0], curated, sources=[{"name": "code", "path": str(planted[0] / "code2")}]))
 
 
+@pytest.mark.parametrize("changed", ["text.txt", "eval.jsonl", "quality/model.json"])
+def test_a_folder_belongs_to_one_state_of_its_files(tmp_path, monkeypatch, changed):
+    monkeypatch.chdir(tmp_path)
+    Path("quality").mkdir()
+    files = {"text.txt": "some text", "eval.jsonl": json.dumps({"q": QUESTION}), "quality/model.json": "{}"}
+    for name, content in files.items():
+        Path(name).write_text(content)
+    recipe = Recipe(
+        "out",
+        [{"name": "a", "path": "text.txt"}],
+        quality={"model": "quality"},
+        decontaminate={"evaluations": ["eval.jsonl"]},
+    )
+    _claim(recipe, Path("out"))
+    _claim(recipe, Path("out"))
+    # As many bytes as before, written later.
+    os.utime(changed, (0, 0))
+    with pytest.raises(ValueError, match="another recipe or other files"):
+        _claim(recipe, Path("out"))
+
+
 def test_from_the_command_line(planted, tmp_path, capsys):
     folder, _, _ = planted
     sources = [{"name": "code", "path": f"{folder}/code"}]
@@ -276,16 +302,36 @@ def test_from_the_command_line(planted, tmp_path, capsys):
     assert (tmp_path / "out" / "report.html").exists() and len(rows_of(tmp_path / "out" / "documents")) == 40
 
 
+def test_without_datatrove_the_extra_is_named(tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith(("trainers.curation", "datatrove"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+    assert axk1.main(["curate", "run", str(tmp_path / "recipe.yaml")]) == 2
+    assert "pip install 'axk1[curation]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"mixture": {"web": 0.8, "code": 0.1}}, "must be positive and sum to 1, got 0.9"),
-        ({"mixture": {"web": 1.2, "code": -0.2}}, "must be positive and sum to 1"),
+        ({"mixture": {"web": 0.8, "code": 0.1}}, "must be numbers from 0 that sum to 1, got {'code': 0.1, 'web': 0.8}"),
+        ({"mixture": {"web": 1.2, "code": -0.2}}, "must be numbers from 0 that sum to 1"),
+        ({"mixture": {"web": 0.6, "code": 0.4}}, "names code, web, the sources' domains are unknown"),
         ({"sources": []}, "has no source"),
         ({"sources": [{"name": "a"}]}, "needs name and path"),
         ({"sources": [{"name": "a", "path": "b"}, {"name": "a", "path": "c"}]}, "one name"),
         ({"sources": [{"name": "a", "path": "absent"}]}, "names no file"),
+        ({"mixture": {"unknown": "60%"}}, "must be numbers from 0 that sum to 1, got {'unknown': '60%'}"),
+        ({"language": {"minimum": 0.5}}, "language needs keep, a list such as [en, ko]"),
+        ({"language": {"keep": "en"}}, "language needs keep, a list such as [en, ko]"),
+        ({"decontaminate": {}}, "decontaminate needs evaluations, a list"),
+        ({"decontaminate": {"evaluations": []}}, "decontaminate needs evaluations, a list"),
+        ({"decontaminate": {"evaluations": ["text.txt"], "words": 4}}, "words=4 is below 5"),
+        ({"deduplicate": None}, "deduplicate: None is no mapping; write {}"),
+        ({"heuristics": {"quality": {"min_words": 3}}}, "heuristics.quality: ['min_words'] is unknown; use ['max_"),
+        ({"sources": [{"name": "a", "path": "b", "heuristics": {"gopher": {}}}]}, "['gopher'] is unknown"),
+        ({"slurm": {"partition": "cpu"}}, "slurm lacks time"),
         ({"language": {"only": ["en"]}}, "language: ['only'] is unknown"),
+        ({"quality": {"minimum": 0.5}}, "names no folder with a classifier"),
         ({"quality": {"model": "absent"}}, "names no folder with a classifier"),
         ({"tasks": 0}, "must all be positive"),
         ({"decontaminate": {"evaluations": ["absent.jsonl"]}}, "names no file"),
@@ -300,6 +346,19 @@ def test_a_bad_recipe_is_refused_in_one_sentence(tmp_path, capsys, changes, comp
     assert axk1.main(["curate", "run", str(tmp_path / "recipe.yaml")]) == 2
     error = capsys.readouterr().err
     assert complaint in error and error.count("\n") == 1
+
+
+def test_a_mixture_names_every_domain_there_will_be(planted, tmp_path):
+    sources = [{"name": name, "path": str(planted[0] / name), "domain": name} for name in ("web", "code")]
+    for mixture in ({"web": 1.0}, {"web": 0.8, "cod": 0.2}, {"web": 0.5, "code": 0.2, "books": 0.3}):
+        with pytest.raises(ValueError, match="the sources' domains are code, web"):
+            recipe_of(planted[0], tmp_path, sources=sources, domain=None, mixture=mixture)
+    recipe_of(planted[0], tmp_path, sources=sources, domain=None, mixture={"web": 1.0, "code": 0.0})
+
+
+def test_the_shipped_recipe_is_consistent():
+    recipe = Recipe.read(Path(__file__).parents[2] / "recipes" / "configs" / "curate.yaml")
+    assert {source["domain"] for source in recipe.sources} == set(recipe.mixture)
 
 
 def test_repeats_fill_the_mixture_within_their_bound():
@@ -348,6 +407,50 @@ def test_decontamination_by_shared_words(tmp_path):
     assert step.filter(document(" ".join(question.split()[:12]) + " else")) is True
     assert step.filter(document(question.replace("48", "52").replace("half", "twice"))) is True
     assert step.filter(document("")) is True
+
+
+QUESTION = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
+@pytest.mark.parametrize(
+    "row",
+    [{"question": QUESTION}, {"messages": [{"role": "user", "content": QUESTION}], "n": 1}],
+    ids=["column", "chat"],
+)
+def test_evaluation_sets_of_any_format_count(tmp_path, kind, row):
+    path = tmp_path / f"eval.{kind}"
+    if kind == "parquet":
+        # Plain bytes of a Parquet file would show the text: in its pages, and as their least and greatest.
+        table = pyarrow.Table.from_pylist([row] * 9)
+        pyarrow.parquet.write_table(table, path, compression="gzip", write_statistics=False)
+    else:
+        path.write_bytes(gzip.compress(json.dumps(row).encode()))
+    step = Decontaminated([str(path)], str(tmp_path))
+    assert step.filter(document(f"Before. {QUESTION} After.")) == (False, f"in {path.name}")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "holds no text of 5 words or more"),
+        (b'{"question": "how many cats?"}\n', "holds no text of 5 words or more"),
+        (f'{{"question": "{QUESTION}"}}\n{{broken'.encode(), "cannot be read whole (broken JSON: 1)"),
+    ],
+    ids=["empty", "short", "broken"],
+)
+def test_an_evaluation_set_that_removes_nothing_is_refused_at_once(tmp_path, content, complaint):
+    (tmp_path / "eval.jsonl").write_bytes(content)
+    (tmp_path / "text.txt").write_text("some text")
+    recipe = Recipe(
+        str(tmp_path / "out"),
+        [{"name": "a", "path": str(tmp_path / "text.txt")}],
+        decontaminate={"evaluations": [str(tmp_path / "eval.jsonl")]},
+    )
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        curate(recipe)
+    # Mended, the same command begins.
+    assert not (tmp_path / "out").exists()
 
 
 def test_heuristics_are_each_sources_own(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -79,6 +80,23 @@ def test_seeds_through_a_server(tmp_path, server, capsys):
     assert "there already 1" in capsys.readouterr().out and len(asked) == before + 3
 
 
+def test_seeds_that_cannot_be_read_are_told_and_none_is_refused(tmp_path, server, capsys):
+    url, asked = server
+    seeds, out = tmp_path / "seeds.jsonl", tmp_path / "made.jsonl"
+    seeds.write_text('{"text": "water boils"}\n{broken\n{"body": "ice melts"}\n')
+    arguments = ["curate", "synthesize", str(out), "--seeds", str(seeds), "--server", url, "--model", "m"]
+    assert axk1.main(arguments) == 0
+    assert "seeds not read: broken JSON 1, no text 1" in capsys.readouterr().out
+    assert axk1.main([*arguments, "--text-key", "content"]) == 2
+    error = capsys.readouterr().err
+    assert "holds no text under 'content' (no text: 2, broken JSON: 1)" in error and "--text-key" in error
+    assert len(asked) == 1 and len(rows(out)) == 1
+    (tmp_path / "none.txt").write_text("\n")
+    arguments = ["curate", "synthesize", str(tmp_path / "new.jsonl"), "--topics", str(tmp_path / "none.txt")]
+    assert axk1.main([*arguments, "--server", url, "--model", "m"]) == 2
+    assert "holds no topic" in capsys.readouterr().err and not (tmp_path / "new.jsonl").exists()
+
+
 def test_topics_in_several_forms(tmp_path, server):
     url, _ = server
     topics = tmp_path / "topics.txt"
@@ -140,5 +158,5 @@ def test_forms_that_do_not_exist_are_refused(tmp_path):
 
 def test_a_seed_is_quoted_up_to_a_bound(tmp_path):
     (tmp_path / "long.txt").write_text("x" * 100_000)
-    (request,) = seed_requests(tmp_path / "long.txt", language="English", forms_each=1, seed=0)
+    (request,) = seed_requests(tmp_path / "long.txt", language="English", forms_each=1, seed=0, counts=Counter())
     assert 6_000 < len(request.prompt) < 7_000

@@ -161,6 +161,16 @@ def test_compare_by_language(trained, corpus, capsys):
     assert "tokens per document" in capsys.readouterr().out
 
 
+def test_compare_tells_what_it_could_not_read(trained, tmp_path, capsys):
+    (tmp_path / "en.jsonl").write_text('{"text": "water boils"}\n{broken\n{"body": "ice melts"}\n')
+    arguments = ["tokenizer", "compare", str(trained), "--texts", f"en={tmp_path}/en.jsonl"]
+    assert axk1.main([*arguments, "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)[0]["documents"] == 1 and "en: not read: broken JSON 1, no text 1" in said.err
+    assert axk1.main([*arguments, "--text-key", "content"]) == 2
+    assert "holds no text under 'content' (no text: 2, broken JSON: 1)" in capsys.readouterr().err
+
+
 def test_compression_counts_a_loss(trained):
     class Lossy:
         def encode(self, text, add_special_tokens):
