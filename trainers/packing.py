@@ -70,7 +70,8 @@ class Reader:
         return self.source.tokens[begin : begin + taken]
 
     def state(self) -> dict[str, Any]:
-        return {"passages": [dict(each) for each in self.passages], "at": self.at, "offset": self.offset}
+        passages = [dict(each) for each in self.passages]
+        return {"source": self.source.identity(), "passages": passages, "at": self.at, "offset": self.offset}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.rewind()
@@ -148,12 +149,19 @@ class Packer:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """ValueError for the state of another run: other sources or seed."""
+        """ValueError for the state of another run: other sources, documents or seed."""
         if state["readers"].keys() != self.readers.keys() or state["seed"] != self.seed:
             raise ValueError(
                 f"The checkpoint read the sources {', '.join(state['readers'])} with seed {state['seed']}, this run has "
                 f"{', '.join(self.readers)} with {self.seed}; go on with the same ones, or begin in a new output_dir."
             )
+        for name, each in state["readers"].items():
+            read, given = each.get("source"), self.readers[name].source.identity()
+            if read != given:
+                raise ValueError(
+                    f"The checkpoint read {name!r} as {read} and it is {given} now; give the --data and tokenizer of before, or "
+                    "begin in a new output_dir."
+                )
         self.stage = state["stage"]
         self.consumed = [dict(each) for each in state["consumed"]]
         for name, each in state["readers"].items():

@@ -21,6 +21,8 @@ from trainers.corpus import Record, files_of, read_documents
 PIECE_CHARACTERS = 100_000
 # Texts handed to the tokenizer at a time, which reads them in parallel.
 BATCH_CHARACTERS = 500_000
+# Goes up with what is written, so that folders of an earlier version are not taken for this one's.
+LAYOUT = 2
 UNKNOWN_DIFFICULTY = float("nan")
 # Counted beside what was wrong.
 READ = ("documents", "bytes")
@@ -35,16 +37,24 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """One source's tokens: `tokens` uint32 end to end, document i is tokens[starts[i]:starts[i + 1]], its end token included."""
+    """One source's tokens: `tokens` uint32 end to end, document i is tokens[starts[i]:starts[i + 1]], its end token included.
+
+    checksum: SHA-256 over tokens, starts and difficulty where `prepare` wrote them.
+    """
 
     name: str
     tokens: np.ndarray
     starts: np.ndarray
     difficulty: np.ndarray
     counts: Mapping[str, int]
+    checksum: str = ""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    def identity(self) -> dict[str, int | str]:
+        """The same for the same documents, wherever they lie."""
+        return {"documents": len(self), "tokens": len(self.tokens), "checksum": self.checksum}
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
@@ -86,6 +96,7 @@ class TokenWriter:
         self.lengths: list[int] = []
         self.difficulty: list[float] = []
         self.counts: Counter = Counter()
+        self.digest = hashlib.sha256()
         self.waiting: list[Document] = []
         self.waiting_characters = 0
 
@@ -114,7 +125,9 @@ class TokenWriter:
     def write(self, parts: Iterable[list[int]]) -> int:
         written = 0
         for part in (*parts, [self.tokenizer.eos_token_id]):
-            np.asarray(part, dtype=np.uint32).tofile(self.file)
+            tokens = np.asarray(part, dtype=np.uint32)
+            self.digest.update(tokens)
+            tokens.tofile(self.file)
             written += len(part)
         return written
 
@@ -123,7 +136,10 @@ class TokenWriter:
         self.file.close()
         starts = np.concatenate(([0], np.cumsum(np.asarray(self.lengths, dtype=np.int64))))
         difficulty = np.asarray(self.difficulty, dtype=np.float32)
-        np.savez(self.folder / "documents.npz", starts=starts, difficulty=difficulty)
+        self.digest.update(starts)
+        self.digest.update(difficulty)
+        checksum = np.asarray(self.digest.hexdigest())
+        np.savez(self.folder / "documents.npz", starts=starts, difficulty=difficulty, checksum=checksum)
         (self.folder / "counts.json").write_text(json.dumps(dict(self.counts)))
 
 
@@ -163,7 +179,7 @@ def slug(name: str) -> str:
 def fingerprint(tokenizer, files: Sequence[Path], names: Sequence[str]) -> str:
     """Changes with the files' paths, sizes and times, the tokenizer, and the sources that they are dealt to."""
     marks = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    seen = json.dumps([marks, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, sorted(names)])
+    seen = json.dumps([LAYOUT, marks, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, sorted(names)])
     return hashlib.sha256(seen.encode()).hexdigest()[:16]
 
 
@@ -202,13 +218,13 @@ def write_sources(targets: Mapping[str, Path], files: Sequence[Path], tokenizer,
 
 def open_source(name: str, folder: Path) -> Source:
     with np.load(folder / "documents.npz", allow_pickle=False) as documents:
-        starts, difficulty = documents["starts"], documents["difficulty"]
+        starts, difficulty, checksum = documents["starts"], documents["difficulty"], str(documents["checksum"])
     tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
     if len(tokens) != starts[-1]:
         raise ValueError(
             f"{folder} holds {len(tokens):,} tokens and documents of {starts[-1]:,}; delete it and run again."
         )
-    return Source(name, tokens, starts, difficulty, json.loads((folder / "counts.json").read_text()))
+    return Source(name, tokens, starts, difficulty, json.loads((folder / "counts.json").read_text()), checksum)
 
 
 def told(counts: Mapping[str, int]) -> str:

@@ -236,6 +236,23 @@ def test_any_step_resumes_to_the_same_batch():
     assert not all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(truth, batches(other, c)))
 
 
+def test_other_documents_or_another_tokenizer_do_not_go_on(tmp_path, tokenizer):
+    file = tmp_path / "a.jsonl"
+    c = curriculum(tokens=24)
+
+    def packer(text, reader=tokenizer):
+        file.write_bytes(line("one two three four five six seven " * 9) * 20 + line(text))
+        return Packer(c, prepare(tmp_path / "cache", reader, {"web": [str(file)]}))
+
+    state = packer("one two").state()
+    packer("one two").load_state(state)  # another time of the file, the same text
+    # As many documents and tokens.
+    with pytest.raises(ValueError, match="The checkpoint read 'web' as .* give the --data and tokenizer of before"):
+        packer("two one").load_state(state)
+    with pytest.raises(ValueError, match="give the --data and tokenizer of before"):
+        packer("one two", train_tokenizer(["other words\n" * 3], vocab_size=300)).load_state(state)
+
+
 def test_ranks_and_micro_batches_share_a_step():
     c = curriculum(tokens=240, batch_tokens=48)
     steps = list(plan_steps(c, 4))
