@@ -198,7 +198,8 @@ def check_supply(curriculum: Curriculum, sources: Mapping[str, Source]) -> None:
                     f"Stage {stage.name!r} needs about {needed:,.0f} tokens of {name!r} and {left[name]:,} are left; set repeat: "
                     "true, shorten it, or add documents."
                 )
-            left[name] = max(left[name] - round(share * stage.tokens), 0) if not stage.repeat else left[name]
+            unread = left[name] - round(share * stage.tokens)
+            left[name] = unread % len(sources[name].tokens) if stage.repeat else max(unread, 0)
 
 
 class Batches(torch.utils.data.IterableDataset):

@@ -201,6 +201,15 @@ def test_a_stage_longer_than_its_data_is_refused_or_repeats():
     assert seen[seen > 0].min() >= 1 and (seen > 0).sum() == 200, "no document twice before all were once"
 
 
+def test_a_stage_behind_one_that_repeats_has_what_its_last_pass_left():
+    # 240 of 200 tokens: 160 are left.
+    c = curriculum({"repeat": True, "tokens": 240}, {"tokens": 160})
+    with pytest.raises(ValueError, match="'s1' needs about 172 tokens of 'web' and 160 are left"):
+        Packer(c, {"web": source([20] * 10)})
+    c = curriculum({"repeat": True, "tokens": 240}, {"tokens": 144})
+    assert len(batches(Packer(c, {"web": source([20] * 10)}), c)) == 16
+
+
 def test_order_by_difficulty_needs_difficulty():
     with pytest.raises(ValueError, match="1 documents of 'web' have no difficulty"):
         Packer(curriculum(order="easy_to_hard"), {"web": source([400, 400], difficulty=[0.1, float("nan")])})
@@ -234,6 +243,22 @@ def test_any_step_resumes_to_the_same_batch():
     with pytest.raises(ValueError, match="with seed 3"):
         other.load_state(running.state())
     assert not all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(truth, batches(other, c)))
+
+
+def test_a_stage_that_ended_inside_a_document_resumes_with_its_rest():
+    c = curriculum({"tokens": 24}, {"tokens": 48, "order": "shuffled"})
+    sources = {"web": source([20] * 10)}
+    steps = list(plan_steps(c))
+    truth, running = Packer(c, sources), Packer(c, sources)
+    for step in steps[:2]:
+        truth.batch(step)
+        running.batch(step)
+    # Four tokens into the second document when the second stage began, and beyond it now.
+    assert running.readers["web"].passages[0] == {"order": "as_is", "fresh": False, "taken": 1, "begun": 1}
+    resumed = Packer(c, sources)
+    resumed.load_state(json.loads(json.dumps(running.state())))
+    assert resumed.readers["web"].order.tolist() == truth.readers["web"].order.tolist()
+    assert torch.equal(resumed.batch(steps[2])["input_ids"], truth.batch(steps[2])["input_ids"])
 
 
 def test_other_documents_or_another_tokenizer_do_not_go_on(tmp_path, tokenizer):
