@@ -329,8 +329,22 @@ class PretrainTrainer(Trainer):
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        # Both come back with the peak that they were saved at; this run's may be another, such as a lower one behind bad steps.
+        state = self.lr_scheduler.state_dict()
+        state["base_lrs"] = [self.args.learning_rate] * len(state["base_lrs"])
+        rate = self.args.learning_rate * self.steps[min(state["last_epoch"], len(self.steps) - 1)].learning
+        state["_last_lr"] = [rate] * len(state["base_lrs"])
+        self.lr_scheduler.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group |= {"lr": rate, "initial_lr": self.args.learning_rate}
+
     def _state(self) -> dict[str, Any]:
         return {
+            "optimizer": self.args.optimizer,
             "plan": self.plan_mark(),
             "step": self.state.global_step,
             "data": self.packer.state(),
@@ -347,6 +361,11 @@ class PretrainTrainer(Trainer):
             raise ValueError(
                 f"The checkpoint in {self.args.output_dir} belongs to another plan of stages, batches or ranks; go on with "
                 "that one, or give another output_dir."
+            )
+        if state["optimizer"] != self.args.optimizer:
+            raise ValueError(
+                f"The checkpoint in {self.args.output_dir} was trained with optimizer={state['optimizer']} and this run has "
+                f"{self.args.optimizer}; go on with that one, or give another output_dir."
             )
         self.batches.begin = state["step"]
         self.packer.load_state(state["data"])

@@ -309,6 +309,27 @@ def test_another_plan_does_not_go_on_from_this_checkpoint(straight):
         trainer_of(out, table).train("latest")
 
 
+def test_another_optimizer_does_not_go_on_from_this_checkpoint(straight):
+    _, out = straight
+    with pytest.raises(ValueError, match="was trained with optimizer=adamw and this run has muon; go on with that one"):
+        trainer_of(out, optimizer="muon").train("latest")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_lower_learning_rate_holds_from_where_it_goes_on(tmp_path, optimizer):
+    killed = trainer_of(tmp_path, optimizer=optimizer)
+    killed.add_callback(At(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    killed.train()
+    resumed = trainer_of(tmp_path, optimizer=optimizer, learning_rate=1e-3)
+    used = []
+    resumed.add_callback(At(8, lambda: used.extend(group["lr"] for group in resumed.optimizer.param_groups)))
+    resumed.train("latest")
+    assert used and used == [pytest.approx(1e-3)] * len(used)
+    rates = [log["learning_rate"] for log in resumed.state.log_history if "loss" in log]
+    assert rates[6] == pytest.approx(3e-3) and rates[7] == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-3 * 0.125)
+
+
 def test_settings_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="optimizer='sgd' does not exist; use one of adamw, muon"):
         PretrainConfig(output_dir=str(tmp_path), use_cpu=True, optimizer="sgd")
