@@ -283,7 +283,7 @@ def level_tokens(stage: Stage, row_multiple: int = 1) -> list[int]:
 def plan_steps(curriculum: Curriculum, row_multiple: int = 1) -> Iterator[Step]:
     """Every optimizer step of the run. `row_multiple`: ranks x accumulation, which must share a step's rows evenly.
 
-    ValueError for a level that comes to no step at all.
+    ValueError for a level that comes to no step at all, and for batches with fewer rows than `row_multiple`.
     """
     before = 0
     for number, stage in enumerate(curriculum.stages):
@@ -303,6 +303,13 @@ def plan_steps(curriculum: Curriculum, row_multiple: int = 1) -> Iterator[Step]:
                     end=stage.batch_tokens,
                     ramp=stage.batch_ramp_tokens,
                 )
+                if size < group and row_multiple > 1:
+                    raise ValueError(
+                        f"Stage {stage.name!r} has batches of {int(size):,} tokens, {int(size / level.length):,} rows of "
+                        f"{level.length:,}, and {row_multiple:,} ranks times accumulation steps; use fewer, or a larger "
+                        "batch_tokens or scale."
+                    )
+                # Scaled down, a batch may be shorter than a row: then one row.
                 rows = min(max(int(size / group), 1) * row_multiple, left // level.length)
                 # The middle of a step stands for it: the first one is not trained at a learning rate of 0.
                 middle = before + rows * level.length / 2

@@ -39,6 +39,15 @@ CHOICES = {
     "recompute": ("none", "selective", "full"),
     "on_spike": ("skip", "rollback", "ignore"),
 }
+# TrainingArguments' own settings of what the stages say.
+PLANNED = (
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+)
 logger = logging.getLogger(__name__)
 
 
@@ -93,6 +102,10 @@ class PretrainConfig(TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "wandb, tensorboard, ... or none."})
 
     def __post_init__(self):
+        for name in PLANNED:
+            value = getattr(self, name)
+            if value != self.__dataclass_fields__[name].default:
+                raise ValueError(f"{name}={value} is the plan's to decide; use --scale, or change the stages.")
         # Our own counters say where to go on; replaying all batches would take days.
         self.ignore_data_skip = True
         super().__post_init__()

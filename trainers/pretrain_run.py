@@ -159,6 +159,7 @@ def run_pretrain(settings: Sequence[str]) -> PretrainTrainer:
 # -- what is shown ------------------------------------------------------------------------------------------------
 def planned(curriculum: Curriculum, trainer: PretrainTrainer) -> list[dict[str, str]]:
     rows = []
+    shares = trainer.args.gradient_accumulation_steps * trainer.args.world_size
     for number, stage in enumerate(curriculum.stages):
         steps = [step for step in trainer.steps if step.stage == number]
         rows.append(
@@ -168,6 +169,7 @@ def planned(curriculum: Curriculum, trainer: PretrainTrainer) -> list[dict[str, 
                 "steps": f"{len(steps):,}",
                 "context": " -> ".join(f"{level.length:,}" for level in stage.context),
                 "tokens a step": f"{steps[0].tokens:,} -> {max(step.tokens for step in steps):,}",
+                "tokens a rank at once": f"{max(step.tokens for step in steps) // shares:,}",
                 "phase": stage.phase,
                 "order": stage.order,
             }

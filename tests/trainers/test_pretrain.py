@@ -333,6 +333,12 @@ def test_a_lower_learning_rate_holds_from_where_it_goes_on(tmp_path, optimizer):
 def test_settings_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="optimizer='sgd' does not exist; use one of adamw, muon"):
         PretrainConfig(output_dir=str(tmp_path), use_cpu=True, optimizer="sgd")
+    for name, value in (("max_steps", 10), ("warmup_steps", 5), ("lr_scheduler_type", "cosine")):
+        with pytest.raises(ValueError, match=f"{name}={value} is the plan's to decide; use --scale"):
+            PretrainConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+    for name in ("num_train_epochs", "per_device_train_batch_size"):
+        with pytest.raises(ValueError, match=f"{name}=2 is the plan's to decide; use --scale"):
+            PretrainConfig(output_dir=str(tmp_path), use_cpu=True, **{name: 2})
     with pytest.raises(ValueError, match="3 of them, one a rank|not enough for 300 of them"):
         trainer_of(tmp_path, gradient_accumulation_steps=300)
     model = AxK1ForCausalLM(tiny_chat_config(32)).to(torch.bfloat16)
