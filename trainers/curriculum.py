@@ -183,6 +183,11 @@ def check(curriculum: Curriculum) -> None:
         raise ValueError(
             f"The phases {', '.join(stage.phase for stage in curriculum.stages)} go back; WSD is stable, decay, floor, in order."
         )
+    if "floor" in (phases := [stage.phase for stage in curriculum.stages]) and "decay" not in phases:
+        raise ValueError(
+            f"The phases {', '.join(phases)} have a floor and no decay that comes to it, so the peak learning rate would hold; "
+            "give a stage phase: decay."
+        )
     if curriculum.decay_shape not in DECAYS:
         raise ValueError(f"decay_shape={curriculum.decay_shape!r} does not exist; use one of {', '.join(DECAYS)}.")
     if curriculum.warmup_tokens > sum(stage.tokens for stage in curriculum.stages if stage.phase == "stable"):

@@ -91,6 +91,7 @@ def test_ranks_never_enlarge_a_batch():
         (table(stage(tokens=-5)), "tokens=-5 is no number"),
         (table(stage(context=80)), "a batch holds no row"),
         (table(stage(phase="decay"), stage(name="two")), "phases decay, stable go back"),
+        (table(stage(), stage(name="two", phase="floor")), "phases stable, floor have a floor and no decay"),
         (table(stage(), stage()), "Two stages have one name"),
         (table(stage(order="random")), "order='random' of stage 'one' does not exist"),
         (table(stage(mixtures={})), "'mixtures' in stage 'one' is no setting"),
