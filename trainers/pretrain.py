@@ -295,16 +295,16 @@ class PretrainTrainer(Trainer):
 
     def _roll_back(self) -> str:
         """Weights, biases and optimizer of the last checkpoint; data, learning rate and step count go on."""
-        saved = checkpoints_in(Path(self.args.output_dir))
-        if not saved:
-            return "skipped, there is no checkpoint to go back to"
+        saved = sound_checkpoint(self.args.output_dir, "latest")
+        if saved is None:
+            return "skipped, there is no whole checkpoint to go back to"
         going_on = self.lr_scheduler.state_dict()
-        self._load_from_checkpoint(str(saved[-1]))
-        self._load_optimizer_and_scheduler(str(saved[-1]))
+        self._load_from_checkpoint(str(saved))
+        self._load_optimizer_and_scheduler(str(saved))
         self.lr_scheduler.load_state_dict(going_on)
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
             group["lr"] = rate
-        return f"rolled back to {saved[-1].name}"
+        return f"rolled back to {saved.name}"
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
     def _save(self, output_dir=None, state_dict=None) -> None:

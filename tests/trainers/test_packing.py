@@ -15,7 +15,7 @@ from trainers import token_store
 from trainers.curriculum import plan_steps, read_curriculum
 from trainers.packing import IGNORED, Batches, Packer, Reader, arrange
 from trainers.token_store import Source, described, pieces_of, prepare
-from trainers.tokenizer import train_tokenizer
+from trainers.tokenizer import CONTROL_TOKENS, END_OF_TEXT, SPECIAL_TOKENS, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_bad_input_is_counted_and_the_rest_is_read(tmp_path, tokenizer, monkeypa
     (tmp_path / "e.txt").write_bytes(b"\xff\xfe")
     [web] = prepare(tmp_path / "cache", tokenizer, {"web": [f"{tmp_path}/*.*"]}).values()
     texts = [tokenizer.decode(web.tokens[a:b]) for a, b in zip(web.starts, web.starts[1:])]
-    end = tokenizer.eos_token
+    end = END_OF_TEXT
     assert texts == [t + end for t in ("one two", "three", long_text, "four", "five", "six")]
     assert web.difficulty[[0, 4]].tolist() == [0.25, 0.5] and np.isnan(web.difficulty[[1, 2, 3, 5]]).all()
     wrong = {"empty file": 1, "broken JSON": 1, "invalid UTF-8": 2, "no text": 3, "in pieces": 1}
@@ -80,6 +80,20 @@ def test_preparing_is_done_once_and_again_for_other_files(tmp_path, tokenizer):
     file.write_bytes(line("one", domain="web") + line("three", domain="web") + line("two", domain="code"))
     sources = prepare(tmp_path / "cache", tokenizer, {"web": (), "code": ()}, shared=[str(file)])
     assert [len(s) for s in sources.values()] == [2, 1]
+    assert not (tmp_path / "cache/web-0.unfinished").exists()
+
+
+def test_control_tokens_in_a_text_are_its_characters(tmp_path, tokenizer):
+    file = tmp_path / "a.jsonl"
+    text = f"one {' '.join(SPECIAL_TOKENS)} two {' '.join(CONTROL_TOKENS)}"
+    file.write_bytes(line(text) + line("three"))
+    [web] = prepare(tmp_path / "cache", tokenizer, {"web": [str(file)]}).values()
+    assert tokenizer.decode(web.tokens) == text + END_OF_TEXT + "three" + END_OF_TEXT
+    controls = tokenizer.convert_tokens_to_ids([*SPECIAL_TOKENS, *CONTROL_TOKENS])
+    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    assert [token for token in web.tokens if token in controls] == [end, end]
+    # Elsewhere the tokenizer reads them as before.
+    assert tokenizer(CONTROL_TOKENS[0], add_special_tokens=False).input_ids == controls[-len(CONTROL_TOKENS) :][:1]
 
 
 @pytest.mark.parametrize(

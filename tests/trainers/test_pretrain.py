@@ -274,6 +274,20 @@ def test_a_spike_is_skipped_rolled_back_or_ignored(tmp_path, action):
     assert same(after, expected) and event["action"] == said
 
 
+def test_rolling_back_passes_a_damaged_checkpoint_over(tmp_path):
+    trainer = trainer_of(tmp_path, on_spike="rollback", save_steps=2)
+    trainer.spikes.losses.extend([4.5] * 20)
+
+    def spike():
+        (tmp_path / "checkpoint-4/model.safetensors").write_bytes(b"damaged")
+        with torch.no_grad():
+            trainer.model.lm_head.weight.mul_(-20)
+
+    trainer.add_callback(At(6, spike))
+    trainer.train()
+    assert trainer.events[0]["action"] == "rolled back to checkpoint-2"
+
+
 def test_spike_detector_by_hand():
     quiet = SpikeDetector(window=32, sigmas=5, least=0.1)
     assert all(quiet.accepts(2.0) for _ in range(40))
@@ -298,6 +312,8 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
     assert "checkpoint-10 has another model.safetensors than was saved; passed over." in caplog.text
     with pytest.raises(ValueError, match="checkpoint-10 has another model.safetensors"):
         sound_checkpoint(tmp_path, str(tmp_path / "checkpoint-10"))
+    with pytest.raises(ValueError, match="checkpoint-7 is no folder; go on from another checkpoint"):
+        sound_checkpoint(tmp_path, str(tmp_path / "checkpoint-7"))
     assert sound_checkpoint(tmp_path, None) is None and sound_checkpoint(tmp_path / "none", "latest") is None
 
 
