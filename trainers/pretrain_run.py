@@ -17,7 +17,7 @@ from trainers import report
 from trainers.curriculum import Curriculum, load_curriculum
 from trainers.mtp import MTPCallback
 from trainers.pretrain import PretrainConfig, PretrainTrainer
-from trainers.token_store import described, prepare
+from trainers.token_store import described, end_of_text, prepare
 
 STOPPED_BY_SIGTERM = 143  # 128 + 15, as the shell has it
 
@@ -132,6 +132,8 @@ def build_model(arguments: PretrainArguments, tokenizer, seed: int):
         else:
             config = AutoConfig.from_pretrained(arguments.model, **changes)
         model = AxK1ForCausalLM(config)
+        # Documents end so; a turn's end is learned later.
+        model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, end_of_text(tokenizer)} - {None})
     if arguments.fused_linear_loss is not None:
         model.config.fused_linear_loss = arguments.fused_linear_loss
     if arguments.balance_loss is not None:

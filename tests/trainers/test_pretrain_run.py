@@ -19,7 +19,7 @@ from modeling_axk1 import AxK1Config, AxK1ForCausalLM
 from tests.random_models import tiny_chat_config
 from trainers.pretrain import PretrainTrainer
 from trainers.pretrain_run import PretrainArguments, build_model, run_pretrain
-from trainers.tokenizer import train_tokenizer
+from trainers.tokenizer import END_OF_TEXT, TURN_END, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 K1 = str(ROOT / "recipes/k1_stages.yaml")
@@ -71,6 +71,8 @@ def test_the_papers_stages_at_a_billionth(trained):
     saved = AxK1ForCausalLM.from_pretrained(out)
     assert saved.config.rope_parameters["original_max_position_embeddings"] == 128
     assert (out / "tokenizer.json").is_file()
+    ends = AutoTokenizer.from_pretrained(out).convert_tokens_to_ids([END_OF_TEXT, TURN_END])
+    assert set(saved.generation_config.eos_token_id) == set(ends), "generation stops where a document ends"
     # Simple documents came first.
     reader = trainer.packer.readers["web"]
     read = reader.source.difficulty[reader.order[: reader.at]]
