@@ -77,7 +77,9 @@ def test_rows_split_evenly_over_ranks():
 def test_ranks_never_enlarge_a_batch():
     c = read_curriculum(table(stage(batch_tokens_start=20, batch_ramp_tokens=400)))
     assert next(plan_steps(c, row_multiple=2)).rows == 2
-    with pytest.raises(ValueError, match="'one' has batches of 20 tokens, 2 rows of 10, and 4 ranks times accumulation"):
+    with pytest.raises(
+        ValueError, match="'one' has batches of 20 tokens, 2 rows of 10, and 4 ranks times accumulation"
+    ):
         list(plan_steps(c, row_multiple=4))
 
 

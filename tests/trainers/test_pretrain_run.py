@@ -177,7 +177,8 @@ def test_multi_token_prediction_and_the_fused_loss(files, tmp_path):
     config.save_pretrained(tmp_path / "config")
     runs = []
     for fused in ("false", "true"):
-        more = ("--scale", "1", "--model", str(tmp_path / "config"), "--fused_linear_loss", fused, "--save_strategy", "no")
+        more = ("--scale", "1", "--save_strategy", "no")
+        more += ("--model", str(tmp_path / "config"), "--fused_linear_loss", fused)
         trainer = run_pretrain(refused(files, tmp_path / fused, *more, table={"stages": [STAGE]}))
         assert trainer.model.config.fused_linear_loss == (fused == "true")
         runs.append([(log["loss"], log["mtp_loss"]) for log in trainer.state.log_history if "loss" in log])
