@@ -183,6 +183,11 @@ def check(curriculum: Curriculum) -> None:
         raise ValueError(
             f"The phases {', '.join(stage.phase for stage in curriculum.stages)} go back; WSD is stable, decay, floor, in order."
         )
+    if "floor" in (phases := [stage.phase for stage in curriculum.stages]) and "decay" not in phases:
+        raise ValueError(
+            f"The phases {', '.join(phases)} have a floor and no decay that comes to it, so the peak learning rate would hold; "
+            "give a stage phase: decay."
+        )
     if curriculum.decay_shape not in DECAYS:
         raise ValueError(f"decay_shape={curriculum.decay_shape!r} does not exist; use one of {', '.join(DECAYS)}.")
     if curriculum.warmup_tokens > sum(stage.tokens for stage in curriculum.stages if stage.phase == "stable"):
@@ -283,7 +288,7 @@ def level_tokens(stage: Stage, row_multiple: int = 1) -> list[int]:
 def plan_steps(curriculum: Curriculum, row_multiple: int = 1) -> Iterator[Step]:
     """Every optimizer step of the run. `row_multiple`: ranks x accumulation, which must share a step's rows evenly.
 
-    ValueError for a level that comes to no step at all.
+    ValueError for a level that comes to no step at all, and for batches with fewer rows than `row_multiple`.
     """
     before = 0
     for number, stage in enumerate(curriculum.stages):
@@ -303,6 +308,13 @@ def plan_steps(curriculum: Curriculum, row_multiple: int = 1) -> Iterator[Step]:
                     end=stage.batch_tokens,
                     ramp=stage.batch_ramp_tokens,
                 )
+                if size < group and row_multiple > 1:
+                    raise ValueError(
+                        f"Stage {stage.name!r} has batches of {int(size):,} tokens, {int(size / level.length):,} rows of "
+                        f"{level.length:,}, and {row_multiple:,} ranks times accumulation steps; use fewer, or a larger "
+                        "batch_tokens or scale."
+                    )
+                # Scaled down, a batch may be shorter than a row: then one row.
                 rows = min(max(int(size / group), 1) * row_multiple, left // level.length)
                 # The middle of a step stands for it: the first one is not trained at a learning rate of 0.
                 middle = before + rows * level.length / 2

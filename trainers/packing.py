@@ -70,7 +70,8 @@ class Reader:
         return self.source.tokens[begin : begin + taken]
 
     def state(self) -> dict[str, Any]:
-        return {"passages": [dict(each) for each in self.passages], "at": self.at, "offset": self.offset}
+        passages = [dict(each) for each in self.passages]
+        return {"source": self.source.identity(), "passages": passages, "at": self.at, "offset": self.offset}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.rewind()
@@ -148,12 +149,19 @@ class Packer:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """ValueError for the state of another run: other sources or seed."""
+        """ValueError for the state of another run: other sources, documents or seed."""
         if state["readers"].keys() != self.readers.keys() or state["seed"] != self.seed:
             raise ValueError(
                 f"The checkpoint read the sources {', '.join(state['readers'])} with seed {state['seed']}, this run has "
                 f"{', '.join(self.readers)} with {self.seed}; go on with the same ones, or begin in a new output_dir."
             )
+        for name, each in state["readers"].items():
+            read, given = each.get("source"), self.readers[name].source.identity()
+            if read != given:
+                raise ValueError(
+                    f"The checkpoint read {name!r} as {read} and it is {given} now; give the --data and tokenizer of before, or "
+                    "begin in a new output_dir."
+                )
         self.stage = state["stage"]
         self.consumed = [dict(each) for each in state["consumed"]]
         for name, each in state["readers"].items():
@@ -190,7 +198,8 @@ def check_supply(curriculum: Curriculum, sources: Mapping[str, Source]) -> None:
                     f"Stage {stage.name!r} needs about {needed:,.0f} tokens of {name!r} and {left[name]:,} are left; set repeat: "
                     "true, shorten it, or add documents."
                 )
-            left[name] = max(left[name] - round(share * stage.tokens), 0) if not stage.repeat else left[name]
+            unread = left[name] - round(share * stage.tokens)
+            left[name] = unread % len(sources[name].tokens) if stage.repeat else max(unread, 0)
 
 
 class Batches(torch.utils.data.IterableDataset):

@@ -39,6 +39,15 @@ CHOICES = {
     "recompute": ("none", "selective", "full"),
     "on_spike": ("skip", "rollback", "ignore"),
 }
+# TrainingArguments' own settings of what the stages say.
+PLANNED = (
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+)
 logger = logging.getLogger(__name__)
 
 
@@ -93,6 +102,10 @@ class PretrainConfig(TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "wandb, tensorboard, ... or none."})
 
     def __post_init__(self):
+        for name in PLANNED:
+            value = getattr(self, name)
+            if value != self.__dataclass_fields__[name].default:
+                raise ValueError(f"{name}={value} is the plan's to decide; use --scale, or change the stages.")
         # Our own counters say where to go on; replaying all batches would take days.
         self.ignore_data_skip = True
         super().__post_init__()
@@ -282,16 +295,16 @@ class PretrainTrainer(Trainer):
 
     def _roll_back(self) -> str:
         """Weights, biases and optimizer of the last checkpoint; data, learning rate and step count go on."""
-        saved = checkpoints_in(Path(self.args.output_dir))
-        if not saved:
-            return "skipped, there is no checkpoint to go back to"
+        saved = sound_checkpoint(self.args.output_dir, "latest")
+        if saved is None:
+            return "skipped, there is no whole checkpoint to go back to"
         going_on = self.lr_scheduler.state_dict()
-        self._load_from_checkpoint(str(saved[-1]))
-        self._load_optimizer_and_scheduler(str(saved[-1]))
+        self._load_from_checkpoint(str(saved))
+        self._load_optimizer_and_scheduler(str(saved))
         self.lr_scheduler.load_state_dict(going_on)
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
             group["lr"] = rate
-        return f"rolled back to {saved[-1].name}"
+        return f"rolled back to {saved.name}"
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
     def _save(self, output_dir=None, state_dict=None) -> None:
@@ -329,8 +342,22 @@ class PretrainTrainer(Trainer):
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        # Both come back with the peak that they were saved at; this run's may be another, such as a lower one behind bad steps.
+        state = self.lr_scheduler.state_dict()
+        state["base_lrs"] = [self.args.learning_rate] * len(state["base_lrs"])
+        rate = self.args.learning_rate * self.steps[min(state["last_epoch"], len(self.steps) - 1)].learning
+        state["_last_lr"] = [rate] * len(state["base_lrs"])
+        self.lr_scheduler.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group |= {"lr": rate, "initial_lr": self.args.learning_rate}
+
     def _state(self) -> dict[str, Any]:
         return {
+            "optimizer": self.args.optimizer,
             "plan": self.plan_mark(),
             "step": self.state.global_step,
             "data": self.packer.state(),
@@ -347,6 +374,11 @@ class PretrainTrainer(Trainer):
             raise ValueError(
                 f"The checkpoint in {self.args.output_dir} belongs to another plan of stages, batches or ranks; go on with "
                 "that one, or give another output_dir."
+            )
+        if state["optimizer"] != self.args.optimizer:
+            raise ValueError(
+                f"The checkpoint in {self.args.output_dir} was trained with optimizer={state['optimizer']} and this run has "
+                f"{self.args.optimizer}; go on with that one, or give another output_dir."
             )
         self.batches.begin = state["step"]
         self.packer.load_state(state["data"])

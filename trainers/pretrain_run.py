@@ -15,8 +15,9 @@ from modeling_axk1 import AxK1Config, AxK1ForCausalLM
 from modeling_axk1.configuration_axk1 import PRESETS
 from trainers import report
 from trainers.curriculum import Curriculum, load_curriculum
+from trainers.mtp import MTPCallback
 from trainers.pretrain import PretrainConfig, PretrainTrainer
-from trainers.token_store import described, prepare
+from trainers.token_store import described, end_of_text, prepare
 
 STOPPED_BY_SIGTERM = 143  # 128 + 15, as the shell has it
 
@@ -41,8 +42,15 @@ class PretrainArguments:
     scale: float = field(
         default=1.0, metadata={"help": "Factor on all tokens; contexts and batches shrink where they must."}
     )
-    dual_norm: bool = field(
-        default=True, metadata={"help": "Norm on the MoE output too (dual normalization), for new weights."}
+    dual_norm: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Norm on the MoE output too (dual normalization), for new weights; default: the config's, true in presets."
+        },
+    )
+    fused_linear_loss: bool | None = field(
+        default=None,
+        metadata={"help": "Take the loss in chunks of tokens, without holding all logits; default: the config's."},
     )
     balance_loss: float | None = field(
         default=None,
@@ -102,10 +110,20 @@ def build_model(arguments: PretrainArguments, tokenizer, seed: int):
     """fp32. New weights are drawn from the seed, the same on every rank."""
     set_seed(seed)
     folder = Path(arguments.model)
-    if arguments.model not in PRESETS and (list(folder.glob("*.safetensors")) or not folder.is_dir()):
+    new = arguments.model in PRESETS or folder.is_dir() and not list(folder.glob("*.safetensors"))
+    if arguments.model not in PRESETS and new and list(folder.glob("pytorch_model*.bin")):
+        raise ValueError(
+            f"{folder} has weights in pytorch_model*.bin, which are not read, and would begin with new ones; save them as "
+            "safetensors, or give a folder with config.json alone."
+        )
+    if not new and arguments.dual_norm is not None:
+        raise ValueError(
+            f"dual_norm={arguments.dual_norm} is for new weights and {arguments.model} has some; leave it out."
+        )
+    if not new:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="float32")
     else:
-        changes = {"post_mlp_norm": arguments.dual_norm}
+        changes = {} if arguments.dual_norm is None else {"post_mlp_norm": arguments.dual_norm}
         if arguments.model in PRESETS:
             ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
             # A multiple of 128 keeps the head's matmul on tensor cores.
@@ -114,6 +132,10 @@ def build_model(arguments: PretrainArguments, tokenizer, seed: int):
         else:
             config = AutoConfig.from_pretrained(arguments.model, **changes)
         model = AxK1ForCausalLM(config)
+        # Documents end so; a turn's end is learned later.
+        model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, end_of_text(tokenizer)} - {None})
+    if arguments.fused_linear_loss is not None:
+        model.config.fused_linear_loss = arguments.fused_linear_loss
     if arguments.balance_loss is not None:
         model.config.router_aux_loss_coef = arguments.balance_loss
     if model.config.vocab_size < len(tokenizer):
@@ -137,7 +159,8 @@ def run_pretrain(settings: Sequence[str]) -> PretrainTrainer:
     if config.process_index == 0:
         print(f"{report.text_table(described(sources))}\n")
     model = build_model(arguments, tokenizer, config.seed)
-    trainer = PretrainTrainer(model, config, curriculum, sources, processing_class=tokenizer)
+    callbacks = [MTPCallback()] if model.config.num_nextn_predict_layers else []
+    trainer = PretrainTrainer(model, config, curriculum, sources, processing_class=tokenizer, callbacks=callbacks)
     if config.process_index == 0:
         print(f"{report.text_table(planned(curriculum, trainer))}\n")
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
@@ -159,6 +182,7 @@ def run_pretrain(settings: Sequence[str]) -> PretrainTrainer:
 # -- what is shown ------------------------------------------------------------------------------------------------
 def planned(curriculum: Curriculum, trainer: PretrainTrainer) -> list[dict[str, str]]:
     rows = []
+    shares = trainer.args.gradient_accumulation_steps * trainer.args.world_size
     for number, stage in enumerate(curriculum.stages):
         steps = [step for step in trainer.steps if step.stage == number]
         rows.append(
@@ -168,6 +192,7 @@ def planned(curriculum: Curriculum, trainer: PretrainTrainer) -> list[dict[str, 
                 "steps": f"{len(steps):,}",
                 "context": " -> ".join(f"{level.length:,}" for level in stage.context),
                 "tokens a step": f"{steps[0].tokens:,} -> {max(step.tokens for step in steps):,}",
+                "tokens a rank at once": f"{max(step.tokens for step in steps) // shares:,}",
                 "phase": stage.phase,
                 "order": stage.order,
             }

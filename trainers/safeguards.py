@@ -84,6 +84,8 @@ def seal(folder: Path) -> None:
 
 def damage(folder: Path) -> str:
     """What is wrong with a sealed checkpoint, in words; empty if every file is as it was sealed."""
+    if not folder.is_dir():
+        return "is no folder"
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
     except (OSError, ValueError):

@@ -13,14 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from trainers.corpus import Record, files_of, read_documents
+from trainers.tokenizer import CONTROL_TOKENS, END_OF_TEXT
 
 # Longer texts are tokenised piece by piece: a tokenizer keeps some hundred bytes a token until it has read all of a text.
 PIECE_CHARACTERS = 100_000
 # Texts handed to the tokenizer at a time, which reads them in parallel.
 BATCH_CHARACTERS = 500_000
+# Goes up with what is written, so that folders of an earlier version are not taken for this one's.
+LAYOUT = 2
 UNKNOWN_DIFFICULTY = float("nan")
 # Counted beside what was wrong.
 READ = ("documents", "bytes")
@@ -35,16 +39,24 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """One source's tokens: `tokens` uint32 end to end, document i is tokens[starts[i]:starts[i + 1]], its end token included."""
+    """One source's tokens: `tokens` uint32 end to end, document i is tokens[starts[i]:starts[i + 1]], its end token included.
+
+    checksum: SHA-256 over tokens, starts and difficulty where `prepare` wrote them.
+    """
 
     name: str
     tokens: np.ndarray
     starts: np.ndarray
     difficulty: np.ndarray
     counts: Mapping[str, int]
+    checksum: str = ""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    def identity(self) -> dict[str, int | str]:
+        """The same for the same documents, wherever they lie."""
+        return {"documents": len(self), "tokens": len(self.tokens), "checksum": self.checksum}
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
@@ -76,16 +88,34 @@ def pieces_of(text: str) -> list[str]:
     return [*pieces, text[begin:]]
 
 
+def end_of_text(tokenizer) -> int | None:
+    """The token that parts documents: `<|endoftext|>` where there is one, as the end of a turn is no end of a document."""
+    return tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
+
+
+def text_encoder(tokenizer) -> Tokenizer:
+    """The tokenizer for text that nobody vouches for: a literal `<|im_end|>` or `<think>` in it is read as its characters."""
+    table = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in table["added_tokens"]:
+        token["special"] = token["special"] or token["content"] in CONTROL_TOKENS
+    encoder = Tokenizer.from_str(json.dumps(table))
+    encoder.no_padding()
+    encoder.no_truncation()
+    encoder.encode_special_tokens = True
+    return encoder
+
+
 class TokenWriter:
     """Appends documents to `folder`: tokens.bin as they come, documents.npz at the end."""
 
     def __init__(self, folder: Path, tokenizer):
         folder.mkdir(parents=True)
-        self.folder, self.tokenizer = folder, tokenizer
+        self.folder, self.encoder, self.end = folder, text_encoder(tokenizer), end_of_text(tokenizer)
         self.file = (folder / "tokens.bin").open("wb")
         self.lengths: list[int] = []
         self.difficulty: list[float] = []
         self.counts: Counter = Counter()
+        self.digest = hashlib.sha256()
         self.waiting: list[Document] = []
         self.waiting_characters = 0
 
@@ -109,12 +139,14 @@ class TokenWriter:
         self.waiting, self.waiting_characters = [], 0
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        return [encoded.ids for encoded in self.encoder.encode_batch_fast(texts, add_special_tokens=False)]
 
     def write(self, parts: Iterable[list[int]]) -> int:
         written = 0
-        for part in (*parts, [self.tokenizer.eos_token_id]):
-            np.asarray(part, dtype=np.uint32).tofile(self.file)
+        for part in (*parts, [self.end]):
+            tokens = np.asarray(part, dtype=np.uint32)
+            self.digest.update(tokens)
+            tokens.tofile(self.file)
             written += len(part)
         return written
 
@@ -123,7 +155,10 @@ class TokenWriter:
         self.file.close()
         starts = np.concatenate(([0], np.cumsum(np.asarray(self.lengths, dtype=np.int64))))
         difficulty = np.asarray(self.difficulty, dtype=np.float32)
-        np.savez(self.folder / "documents.npz", starts=starts, difficulty=difficulty)
+        self.digest.update(starts)
+        self.digest.update(difficulty)
+        checksum = np.asarray(self.digest.hexdigest())
+        np.savez(self.folder / "documents.npz", starts=starts, difficulty=difficulty, checksum=checksum)
         (self.folder / "counts.json").write_text(json.dumps(dict(self.counts)))
 
 
@@ -135,7 +170,7 @@ def prepare(
     sources: name -> its files, or none: then those documents of `shared` whose domain is the name.
     ValueError for a source without any document, and for a tokenizer without an end-of-text token.
     """
-    if tokenizer.eos_token_id is None:
+    if end_of_text(tokenizer) is None:
         raise ValueError("The tokenizer has no end-of-text token to part documents by; set eos_token.")
     own = {name: find_files(files) for name, files in sources.items() if files}
     by_domain = [name for name, files in sources.items() if not files]
@@ -163,15 +198,17 @@ def slug(name: str) -> str:
 def fingerprint(tokenizer, files: Sequence[Path], names: Sequence[str]) -> str:
     """Changes with the files' paths, sizes and times, the tokenizer, and the sources that they are dealt to."""
     marks = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    seen = json.dumps([marks, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, sorted(names)])
+    seen = json.dumps([LAYOUT, marks, tokenizer.backend_tokenizer.to_str(), end_of_text(tokenizer), sorted(names)])
     return hashlib.sha256(seen.encode()).hexdigest()[:16]
 
 
 def write_sources(targets: Mapping[str, Path], files: Sequence[Path], tokenizer, by_domain: bool) -> None:
     """Read the files once and deal each document to its source; only whole folders get their names."""
     unfinished = {name: target.with_name(target.name + ".unfinished") for name, target in targets.items()}
-    for path in unfinished.values():
-        shutil.rmtree(path, ignore_errors=True)
+    # What killed runs left, of other files too.
+    for target in targets.values():
+        for path in target.parent.glob(f"{target.name.rpartition('-')[0]}-*.unfinished"):
+            shutil.rmtree(path)
     writers = {name: TokenWriter(path, tokenizer) for name, path in unfinished.items()}
     counts: Counter = Counter()
     total = sum(path.stat().st_size for path in files)
@@ -202,13 +239,13 @@ def write_sources(targets: Mapping[str, Path], files: Sequence[Path], tokenizer,
 
 def open_source(name: str, folder: Path) -> Source:
     with np.load(folder / "documents.npz", allow_pickle=False) as documents:
-        starts, difficulty = documents["starts"], documents["difficulty"]
+        starts, difficulty, checksum = documents["starts"], documents["difficulty"], str(documents["checksum"])
     tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
     if len(tokens) != starts[-1]:
         raise ValueError(
             f"{folder} holds {len(tokens):,} tokens and documents of {starts[-1]:,}; delete it and run again."
         )
-    return Source(name, tokens, starts, difficulty, json.loads((folder / "counts.json").read_text()))
+    return Source(name, tokens, starts, difficulty, json.loads((folder / "counts.json").read_text()), checksum)
 
 
 def told(counts: Mapping[str, int]) -> str:

@@ -20,6 +20,7 @@ from tests.random_models import tiny_chat_config
 from tests.ranks import run_on_ranks
 from tests.recipes.launch_checks import run_recipes
 from trainers import pretrain_run, sft
+from trainers.curriculum import load_curriculum, plan_steps
 from trainers.mode_overlap import build_mode_overlap, make_row, save_mode_overlap
 from trainers.pipeline import next_token_loss
 from trainers.tokenizer import train_tokenizer
@@ -68,6 +69,10 @@ def test_pretraining(file, tmp_path):
     path, arguments, config = pretrain_run.parse(settings)
     assert str(path) == said["STAGES"] and arguments.data == ["a.jsonl", "b.jsonl"] and arguments.scale == 1e-3
     assert config.recompute == "selective" and config.output_dir == said["OUT"]
+    # A rank holds one row of the longest context at a time.
+    ranks = 32 if "slurm" in file else 8
+    steps = plan_steps(load_curriculum(path, 1e-3), ranks * config.gradient_accumulation_steps)
+    assert max(step.tokens for step in steps) == ranks * config.gradient_accumulation_steps * 32768
 
 
 def test_generating_with_tensor_and_expert_parallelism(tmp_path):

@@ -74,6 +74,15 @@ def test_rows_split_evenly_over_ranks():
         list(plan_steps(c, row_multiple=400))
 
 
+def test_ranks_never_enlarge_a_batch():
+    c = read_curriculum(table(stage(batch_tokens_start=20, batch_ramp_tokens=400)))
+    assert next(plan_steps(c, row_multiple=2)).rows == 2
+    with pytest.raises(
+        ValueError, match="'one' has batches of 20 tokens, 2 rows of 10, and 4 ranks times accumulation"
+    ):
+        list(plan_steps(c, row_multiple=4))
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -84,6 +93,7 @@ def test_rows_split_evenly_over_ranks():
         (table(stage(tokens=-5)), "tokens=-5 is no number"),
         (table(stage(context=80)), "a batch holds no row"),
         (table(stage(phase="decay"), stage(name="two")), "phases decay, stable go back"),
+        (table(stage(), stage(name="two", phase="floor")), "phases stable, floor have a floor and no decay"),
         (table(stage(), stage()), "Two stages have one name"),
         (table(stage(order="random")), "order='random' of stage 'one' does not exist"),
         (table(stage(mixtures={})), "'mixtures' in stage 'one' is no setting"),

@@ -15,7 +15,7 @@ from trainers import token_store
 from trainers.curriculum import plan_steps, read_curriculum
 from trainers.packing import IGNORED, Batches, Packer, Reader, arrange
 from trainers.token_store import Source, described, pieces_of, prepare
-from trainers.tokenizer import train_tokenizer
+from trainers.tokenizer import CONTROL_TOKENS, END_OF_TEXT, SPECIAL_TOKENS, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_bad_input_is_counted_and_the_rest_is_read(tmp_path, tokenizer, monkeypa
     (tmp_path / "e.txt").write_bytes(b"\xff\xfe")
     [web] = prepare(tmp_path / "cache", tokenizer, {"web": [f"{tmp_path}/*.*"]}).values()
     texts = [tokenizer.decode(web.tokens[a:b]) for a, b in zip(web.starts, web.starts[1:])]
-    end = tokenizer.eos_token
+    end = END_OF_TEXT
     assert texts == [t + end for t in ("one two", "three", long_text, "four", "five", "six")]
     assert web.difficulty[[0, 4]].tolist() == [0.25, 0.5] and np.isnan(web.difficulty[[1, 2, 3, 5]]).all()
     wrong = {"empty file": 1, "broken JSON": 1, "invalid UTF-8": 2, "no text": 3, "in pieces": 1}
@@ -80,6 +80,20 @@ def test_preparing_is_done_once_and_again_for_other_files(tmp_path, tokenizer):
     file.write_bytes(line("one", domain="web") + line("three", domain="web") + line("two", domain="code"))
     sources = prepare(tmp_path / "cache", tokenizer, {"web": (), "code": ()}, shared=[str(file)])
     assert [len(s) for s in sources.values()] == [2, 1]
+    assert not (tmp_path / "cache/web-0.unfinished").exists()
+
+
+def test_control_tokens_in_a_text_are_its_characters(tmp_path, tokenizer):
+    file = tmp_path / "a.jsonl"
+    text = f"one {' '.join(SPECIAL_TOKENS)} two {' '.join(CONTROL_TOKENS)}"
+    file.write_bytes(line(text) + line("three"))
+    [web] = prepare(tmp_path / "cache", tokenizer, {"web": [str(file)]}).values()
+    assert tokenizer.decode(web.tokens) == text + END_OF_TEXT + "three" + END_OF_TEXT
+    controls = tokenizer.convert_tokens_to_ids([*SPECIAL_TOKENS, *CONTROL_TOKENS])
+    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    assert [token for token in web.tokens if token in controls] == [end, end]
+    # Elsewhere the tokenizer reads them as before.
+    assert tokenizer(CONTROL_TOKENS[0], add_special_tokens=False).input_ids == controls[-len(CONTROL_TOKENS) :][:1]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +215,15 @@ def test_a_stage_longer_than_its_data_is_refused_or_repeats():
     assert seen[seen > 0].min() >= 1 and (seen > 0).sum() == 200, "no document twice before all were once"
 
 
+def test_a_stage_behind_one_that_repeats_has_what_its_last_pass_left():
+    # 240 of 200 tokens: 160 are left.
+    c = curriculum({"repeat": True, "tokens": 240}, {"tokens": 160})
+    with pytest.raises(ValueError, match="'s1' needs about 172 tokens of 'web' and 160 are left"):
+        Packer(c, {"web": source([20] * 10)})
+    c = curriculum({"repeat": True, "tokens": 240}, {"tokens": 144})
+    assert len(batches(Packer(c, {"web": source([20] * 10)}), c)) == 16
+
+
 def test_order_by_difficulty_needs_difficulty():
     with pytest.raises(ValueError, match="1 documents of 'web' have no difficulty"):
         Packer(curriculum(order="easy_to_hard"), {"web": source([400, 400], difficulty=[0.1, float("nan")])})
@@ -234,6 +257,39 @@ def test_any_step_resumes_to_the_same_batch():
     with pytest.raises(ValueError, match="with seed 3"):
         other.load_state(running.state())
     assert not all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(truth, batches(other, c)))
+
+
+def test_a_stage_that_ended_inside_a_document_resumes_with_its_rest():
+    c = curriculum({"tokens": 24}, {"tokens": 48, "order": "shuffled"})
+    sources = {"web": source([20] * 10)}
+    steps = list(plan_steps(c))
+    truth, running = Packer(c, sources), Packer(c, sources)
+    for step in steps[:2]:
+        truth.batch(step)
+        running.batch(step)
+    # Four tokens into the second document when the second stage began, and beyond it now.
+    assert running.readers["web"].passages[0] == {"order": "as_is", "fresh": False, "taken": 1, "begun": 1}
+    resumed = Packer(c, sources)
+    resumed.load_state(json.loads(json.dumps(running.state())))
+    assert resumed.readers["web"].order.tolist() == truth.readers["web"].order.tolist()
+    assert torch.equal(resumed.batch(steps[2])["input_ids"], truth.batch(steps[2])["input_ids"])
+
+
+def test_other_documents_or_another_tokenizer_do_not_go_on(tmp_path, tokenizer):
+    file = tmp_path / "a.jsonl"
+    c = curriculum(tokens=24)
+
+    def packer(text, reader=tokenizer):
+        file.write_bytes(line("one two three four five six seven " * 9) * 20 + line(text))
+        return Packer(c, prepare(tmp_path / "cache", reader, {"web": [str(file)]}))
+
+    state = packer("one two").state()
+    packer("one two").load_state(state)  # another time of the file, the same text
+    # As many documents and tokens.
+    with pytest.raises(ValueError, match="The checkpoint read 'web' as .* give the --data and tokenizer of before"):
+        packer("two one").load_state(state)
+    with pytest.raises(ValueError, match="give the --data and tokenizer of before"):
+        packer("one two", train_tokenizer(["other words\n" * 3], vocab_size=300)).load_state(state)
 
 
 def test_ranks_and_micro_batches_share_a_step():

@@ -274,6 +274,20 @@ def test_a_spike_is_skipped_rolled_back_or_ignored(tmp_path, action):
     assert same(after, expected) and event["action"] == said
 
 
+def test_rolling_back_passes_a_damaged_checkpoint_over(tmp_path):
+    trainer = trainer_of(tmp_path, on_spike="rollback", save_steps=2)
+    trainer.spikes.losses.extend([4.5] * 20)
+
+    def spike():
+        (tmp_path / "checkpoint-4/model.safetensors").write_bytes(b"damaged")
+        with torch.no_grad():
+            trainer.model.lm_head.weight.mul_(-20)
+
+    trainer.add_callback(At(6, spike))
+    trainer.train()
+    assert trainer.events[0]["action"] == "rolled back to checkpoint-2"
+
+
 def test_spike_detector_by_hand():
     quiet = SpikeDetector(window=32, sigmas=5, least=0.1)
     assert all(quiet.accepts(2.0) for _ in range(40))
@@ -298,6 +312,8 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
     assert "checkpoint-10 has another model.safetensors than was saved; passed over." in caplog.text
     with pytest.raises(ValueError, match="checkpoint-10 has another model.safetensors"):
         sound_checkpoint(tmp_path, str(tmp_path / "checkpoint-10"))
+    with pytest.raises(ValueError, match="checkpoint-7 is no folder; go on from another checkpoint"):
+        sound_checkpoint(tmp_path, str(tmp_path / "checkpoint-7"))
     assert sound_checkpoint(tmp_path, None) is None and sound_checkpoint(tmp_path / "none", "latest") is None
 
 
@@ -309,9 +325,36 @@ def test_another_plan_does_not_go_on_from_this_checkpoint(straight):
         trainer_of(out, table).train("latest")
 
 
+def test_another_optimizer_does_not_go_on_from_this_checkpoint(straight):
+    _, out = straight
+    with pytest.raises(ValueError, match="was trained with optimizer=adamw and this run has muon; go on with that one"):
+        trainer_of(out, optimizer="muon").train("latest")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_lower_learning_rate_holds_from_where_it_goes_on(tmp_path, optimizer):
+    killed = trainer_of(tmp_path, optimizer=optimizer)
+    killed.add_callback(At(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    killed.train()
+    resumed = trainer_of(tmp_path, optimizer=optimizer, learning_rate=1e-3)
+    used = []
+    resumed.add_callback(At(8, lambda: used.extend(group["lr"] for group in resumed.optimizer.param_groups)))
+    resumed.train("latest")
+    assert used and used == [pytest.approx(1e-3)] * len(used)
+    rates = [log["learning_rate"] for log in resumed.state.log_history if "loss" in log]
+    assert rates[6] == pytest.approx(3e-3) and rates[7] == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-3 * 0.125)
+
+
 def test_settings_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="optimizer='sgd' does not exist; use one of adamw, muon"):
         PretrainConfig(output_dir=str(tmp_path), use_cpu=True, optimizer="sgd")
+    for name, value in (("max_steps", 10), ("warmup_steps", 5), ("lr_scheduler_type", "cosine")):
+        with pytest.raises(ValueError, match=f"{name}={value} is the plan's to decide; use --scale"):
+            PretrainConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+    for name in ("num_train_epochs", "per_device_train_batch_size"):
+        with pytest.raises(ValueError, match=f"{name}=2 is the plan's to decide; use --scale"):
+            PretrainConfig(output_dir=str(tmp_path), use_cpu=True, **{name: 2})
     with pytest.raises(ValueError, match="3 of them, one a rank|not enough for 300 of them"):
         trainer_of(tmp_path, gradient_accumulation_steps=300)
     model = AxK1ForCausalLM(tiny_chat_config(32)).to(torch.bfloat16)

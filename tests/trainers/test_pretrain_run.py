@@ -4,20 +4,22 @@ import json
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import axk1
 from conversion import to_hf, to_megatron
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
 from tests.random_models import tiny_chat_config
 from trainers.pretrain import PretrainTrainer
-from trainers.pretrain_run import run_pretrain
-from trainers.tokenizer import train_tokenizer
+from trainers.pretrain_run import PretrainArguments, build_model, run_pretrain
+from trainers.tokenizer import END_OF_TEXT, TURN_END, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 K1 = str(ROOT / "recipes/k1_stages.yaml")
@@ -69,6 +71,8 @@ def test_the_papers_stages_at_a_billionth(trained):
     saved = AxK1ForCausalLM.from_pretrained(out)
     assert saved.config.rope_parameters["original_max_position_embeddings"] == 128
     assert (out / "tokenizer.json").is_file()
+    ends = AutoTokenizer.from_pretrained(out).convert_tokens_to_ids([END_OF_TEXT, TURN_END])
+    assert set(saved.generation_config.eos_token_id) == set(ends), "generation stops where a document ends"
     # Simple documents came first.
     reader = trainer.packer.readers["web"]
     read = reader.source.difficulty[reader.order[: reader.at]]
@@ -108,6 +112,7 @@ def test_what_was_trained_goes_to_megatron_and_back(trained, tmp_path):
 def refused(files, tmp_path, *more, table=None):
     given = settings(files, tmp_path / "run", *more)
     if table is not None:
+        tmp_path.mkdir(exist_ok=True)
         (tmp_path / "stages.yaml").write_text(yaml.safe_dump(table))
         given[0] = str(tmp_path / "stages.yaml")
     return given
@@ -146,6 +151,39 @@ def test_a_model_that_cannot_hold_the_vocabulary_is_refused(files, tmp_path):
     tiny_chat_config(128).save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match="128 embeddings and the tokenizer 300|128 embeddings and the tokenizer"):
         run_pretrain(settings(files, tmp_path / "run", "--model", str(tmp_path / "small")))
+
+
+def test_what_the_folder_says_of_the_norm_holds_and_weights_are_never_left_out(files, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(files / "tokenizer")
+    arguments = PretrainArguments(model=str(tmp_path / "folder"))
+    config = tiny_chat_config(384)
+    config.post_mlp_norm = False
+    config.save_pretrained(arguments.model)
+    model = build_model(arguments, tokenizer, 0)
+    assert not model.config.post_mlp_norm
+    assert build_model(replace(arguments, dual_norm=True), tokenizer, 0).config.post_mlp_norm
+    torch.save(model.state_dict(), tmp_path / "folder/pytorch_model.bin")
+    with pytest.raises(ValueError, match="has weights in pytorch_model.*, which are not read"):
+        build_model(arguments, tokenizer, 0)
+    model.save_pretrained(arguments.model)
+    assert torch.equal(build_model(arguments, tokenizer, 1).lm_head.weight, model.lm_head.weight)
+    with pytest.raises(ValueError, match="dual_norm=True is for new weights and .* has some; leave it out"):
+        build_model(replace(arguments, dual_norm=True), tokenizer, 0)
+
+
+def test_multi_token_prediction_and_the_fused_loss(files, tmp_path):
+    config = tiny_chat_config(384)
+    config.num_nextn_predict_layers = 1
+    config.save_pretrained(tmp_path / "config")
+    runs = []
+    for fused in ("false", "true"):
+        more = ("--scale", "1", "--save_strategy", "no")
+        more += ("--model", str(tmp_path / "config"), "--fused_linear_loss", fused)
+        trainer = run_pretrain(refused(files, tmp_path / fused, *more, table={"stages": [STAGE]}))
+        assert trainer.model.config.fused_linear_loss == (fused == "true")
+        runs.append([(log["loss"], log["mtp_loss"]) for log in trainer.state.log_history if "loss" in log])
+    assert len(runs[0]) == 10 and runs[0][-1][1] < runs[0][0][1]
+    assert sum(runs[1], ()) == pytest.approx(sum(runs[0], ()), abs=1e-3)
 
 
 def test_settings_of_the_file_are_overridden_by_flags(files, tmp_path):
