@@ -208,6 +208,14 @@ class QuantizesExperts:
             model._weight_conversions = [c for c in model._weight_conversions if not deserialises(c)]
         return result
 
+    @staticmethod
+    def _finalize_model_loading(model, *rest):
+        result = PreTrainedModel._finalize_model_loading(model, *rest)
+        # Only now are layers that no file holds gone.
+        if isinstance(getattr(model.config, "quantization_config", None), BitsAndBytesConfig):
+            say_share(model)
+        return result
+
     def dequantize(self, dtype: torch.dtype | None = None):
         """Back to plain and fused weights, in place; `save_pretrained` then writes a checkpoint for stock transformers."""
         # Not the config's own dtype: after a reload that is a string, which transformers 5.23 cannot cast to.
@@ -285,8 +293,12 @@ def deserialises(conversion) -> bool:
 
 
 def settle(model: nn.Module, packed: list[str], missing: set[str]) -> None:
-    """After loading: nothing of an expert may be missing; freeze, steer clear of bitsandbytes' CPU repacking, say the share."""
-    lost = sorted(name for name in missing if any(name.startswith(f"{prefix}.") for prefix in packed))
+    """After loading: nothing of an expert may be missing; freeze, steer clear of bitsandbytes' CPU repacking.
+
+    Multi-token-prediction layers are not asked for: where no file holds them, they are dropped later.
+    """
+    needed = tuple(f"{prefix}." for prefix in packed if not predicts(model, prefix))
+    lost = sorted(name for name in missing if name.startswith(needed))
     if lost:
         raise ValueError(
             f"The checkpoint lacks {len(lost)} expert matrices, {lost[0]} the first; give one that stores each expert's "
@@ -299,8 +311,18 @@ def settle(model: nn.Module, packed: list[str], missing: set[str]) -> None:
             # On CPUs with AVX512-BF16 the first forward would rewrite the weight in place: it rounds the scales to bf16, which
             # a later save writes down, and refuses outputs that 32 does not divide.
             module.support_avx512bf16_for_cpu = False
+
+
+def predicts(model: nn.Module, name: str) -> bool:
+    """Whether a module belongs to a multi-token-prediction layer, which stands behind the decoder layers."""
+    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return layer is not None and int(layer.group(1)) >= model.config.get_text_config().num_hidden_layers
+
+
+def say_share(model: nn.Module) -> None:
+    """Print how much is quantised; a warning for a mixture that is mostly not."""
     share, line = quantized_share(model), share_line(model)
-    mixture = packed or any(is_fused(module) for module in model.modules())
+    mixture = any(is_packed(module) or is_fused(module) for module in model.modules())
     if mixture and share < 0.5:
         logger.warning(line)
     else:

@@ -320,6 +320,16 @@ def test_experts_stacked_on_disk_are_an_error_and_no_random_weights(tmp_path):
         load_quantized(tmp_path, BitsAndBytesConfig(**NF4))
 
 
+def test_prediction_layers_that_no_file_holds_are_dropped_and_counted_nowhere(folder, nf4, tmp_path, capfd):
+    model = AxK1ForCausalLM.from_pretrained(folder)
+    model.config.num_nextn_predict_layers = 1
+    model.save_pretrained(tmp_path)
+    capfd.readouterr()
+    loaded = load(tmp_path)
+    assert len(loaded.model.layers) == 2 and torch.equal(logits(loaded), logits(nf4))
+    assert f"{quantized_share(nf4):.1%} of the parameters are quantised" in capfd.readouterr().err
+
+
 # -- training through it -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("way", [NF4, INT8], ids=["nf4", "int8"])
 def test_preparing_for_training_leaves_experts_packed_and_lora_learns_below_them(folder, way):
