@@ -107,14 +107,23 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def dequantized(linear: nn.Module) -> Tensor:
-    """The weight [out, in] of a linear layer of torch's or bitsandbytes', without gradient. ValueError for any other module."""
-    if type(linear) is nn.Linear:
-        return linear.weight.detach()
-    if not is_quantized(linear):
+    """The weight [out, in] of a linear layer of torch's or bitsandbytes', without gradient.
+
+    ValueError for any other module, and for an offloaded weight.
+    """
+    if type(linear) is not nn.Linear and not is_quantized(linear):
         raise ValueError(
             f"A routed expert's matrix is a {type(linear).__name__}, of which quantised experts would run the base weight only; "
             "attach adapters to routed experts with trainers.adapters."
         )
+    if linear.weight.is_meta:
+        # accelerate brings a weight in for its own layer's forward only; the matmuls here would read memory as it was.
+        raise ValueError(
+            f"A matrix {list(linear.weight.shape)} is offloaded and cannot be read outside its layer; "
+            "give a device_map without cpu and disk for layers with experts."
+        )
+    if type(linear) is nn.Linear:
+        return linear.weight.detach()
     # Not at the top: it imports bitsandbytes, which need not be installed.
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
@@ -416,7 +425,8 @@ def matrix_bytes(rows: int, columns: int, form: str) -> int:
 
 
 def block_bytes(config: AxK1Config, form: str) -> list[int]:
-    """Bytes of what may stand on different cards, in order: embedding, each decoder layer, final norm and head.
+    """Bytes of what may stand on different cards, in order: embedding, each decoder layer, each multi-token-prediction layer,
+    final norm and head.
 
     Linear layers are in `form`, all else in bf16 as the quantizer leaves it: embedding, head, norms, routers and their biases.
     """
@@ -443,6 +453,9 @@ def block_bytes(config: AxK1Config, form: str) -> list[int]:
         attention_bytes + (sparse if kind == "sparse" else mlp(config.intermediate_size))
         for kind in config.mlp_layer_types
     ]
+    # One more block of the last layer's kind, the joining projection, three norms.
+    predicting = layers[-1] + matrix_bytes(hidden, 2 * hidden, form) + 2 * 3 * hidden
+    layers += [predicting] * config.num_nextn_predict_layers
     table = 2 * config.vocab_size * hidden
     return [table, *layers, 2 * hidden + (0 if config.tie_word_embeddings else table)]
 
@@ -513,7 +526,13 @@ def files_of(folder: Path) -> dict[str, Path]:
     """The file of each tensor of a safetensors checkpoint, sharded or not."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        files = json.loads(index.read_text())["weight_map"]
+        for file in files.values():
+            if file != Path(file).name:
+                raise ValueError(
+                    f"{index} names the file {file!r}, which is not beside it; give a folder whose index names files of its own."
+                )
+        return {name: folder / file for name, file in files.items()}
     whole = folder / "model.safetensors"
     if not whole.exists():
         raise ValueError(
