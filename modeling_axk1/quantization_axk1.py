@@ -239,7 +239,7 @@ def separate_experts(model: nn.Module, skip: list[str]) -> None:
     Left fused: what `skip` (`llm_int8_skip_modules`) names, and layouts that we do not run; `share_line` says so.
     """
     for name, module in list(model.named_modules()):
-        if is_fused(module) and module.down_proj.is_meta and not left_fused(name, module, skip):
+        if is_fused(module) and module.down_proj.is_meta and not left_fused(model, name, skip):
             model.set_submodule(name, PackedExperts(module))
 
 
@@ -249,10 +249,14 @@ def is_fused(module: nn.Module) -> bool:
     return parameter is not None and parameter.dim() == 3
 
 
-def left_fused(name: str, module: nn.Module, skip: list[str]) -> str:
+def left_fused(model: nn.Module, name: str, skip: list[str]) -> str:
     """Why a fused-experts module is not quantised; empty if nothing speaks against it."""
-    if not (should_convert_module(name, skip) and should_convert_module(f"{name}.0.gate_proj", skip)):
-        return "llm_int8_skip_modules names them"
+    # Under construction the base model is asked first, which does not know that it will stand below a head.
+    bare = name.removeprefix(f"{model.base_model_prefix}.")
+    for spelling in (bare, f"{model.base_model_prefix}.{bare}"):
+        if not (should_convert_module(spelling, skip) and should_convert_module(f"{spelling}.0.gate_proj", skip)):
+            return "llm_int8_skip_modules names them"
+    module = model.get_submodule(name)
     difference = unlike_swiglu(module)
     return f"{type(module).__name__} {difference}" if difference else ""
 
@@ -350,7 +354,7 @@ def share_line(model: nn.Module) -> str:
     held = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     line = f"{quantized_share(model):.1%} of the parameters are quantised; the weights take {held / 1e9:.3g} GB."
     skip = getattr(model.config.quantization_config, "llm_int8_skip_modules", None) or []
-    reasons = {left_fused(name, module, skip) for name, module in model.named_modules() if is_fused(module)}
+    reasons = {left_fused(model, name, skip) for name, module in model.named_modules() if is_fused(module)}
     if reasons:
         line += f" The routed experts are not among them, because {' and '.join(sorted(reasons))}."
     elif quantized_share(model) < 0.5:

@@ -244,6 +244,26 @@ def test_a_mixture_with_plain_experts_is_warned_of_with_the_reason(folder, caplo
     assert torch.equal(experts_of(model).gate_up_proj, fused.gate_up_proj)
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.experts", "layers.1.mlp.experts", "model.layers.1", "layers.1"])
+def test_experts_are_left_plain_by_either_full_name(folder, name, caplog):
+    model = load(folder, NF4 | {"llm_int8_skip_modules": [name, "lm_head", ".*self_attn", ".*layers.0"]})
+    fused = experts_of(AxK1ForCausalLM.from_pretrained(folder))
+    assert torch.equal(experts_of(model).gate_up_proj, fused.gate_up_proj)
+    assert "The routed experts are not among them, because llm_int8_skip_modules names them." in caplog.text
+
+
+def test_one_layer_of_several_may_be_left_plain(tmp_path):
+    plain = AxK1ForCausalLM(AxK1Config.preset("nano", vocab_size=64, num_hidden_layers=3, first_k_dense_replace=1))
+    plain.save_pretrained(tmp_path)
+    model = load(tmp_path, NF4 | {"llm_int8_skip_modules": ["model.layers.1.mlp.experts", "lm_head"]})
+    layers = model.model.layers
+    assert torch.equal(layers[1].mlp.experts.down_proj, plain.model.layers[1].mlp.experts.down_proj)
+    assert is_packed(layers[2].mlp.experts)
+    truth = plain.model.layers[2].mlp.experts.down_proj[3]
+    # NF4's own error of normal weights: 0.09.
+    assert 0.01 < relative_error(expert_weights(layers[2].mlp.experts, 3)[1], truth) < 0.12
+
+
 def test_a_mixture_that_is_mostly_vocabulary_is_warned_of_too(tmp_path, caplog):
     AxK1ForCausalLM(AxK1Config.preset("nano", vocab_size=8192, num_hidden_layers=2)).save_pretrained(tmp_path)
     model = load(tmp_path)
