@@ -261,7 +261,8 @@ def test_one_layer_of_several_may_be_left_plain(tmp_path):
     assert is_packed(layers[2].mlp.experts)
     truth = plain.model.layers[2].mlp.experts.down_proj[3]
     # NF4's own error of normal weights: 0.09.
-    assert 0.01 < relative_error(expert_weights(layers[2].mlp.experts, 3)[1], truth) < 0.12
+    down = expert_weights(layers[2].mlp.experts, 3)[1]
+    assert 0.01 < (down - truth).norm() / truth.norm() < 0.12
 
 
 def test_a_mixture_that_is_mostly_vocabulary_is_warned_of_too(tmp_path, caplog):
