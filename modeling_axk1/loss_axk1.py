@@ -17,16 +17,18 @@ from torch import Tensor
 CHUNK_BYTES = 256 * 2**20
 
 
-def chunk_loss(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
+def chunk_loss(logits_CV: Tensor, target_C: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy summed over a chunk and its gradient by the logits, both fp32; targets below 0 count nowhere.
 
-    fp32 logits are overwritten by their gradient.
+    fp32 logits are overwritten by their gradient, which is None where nobody asks for it.
     """
     counted_C1 = (target_C >= 0)[:, None]
     target_C1 = target_C.clamp(min=0)[:, None]
     logits_CV = logits_CV.float()
     log_sum_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
     loss = ((log_sum_C1 - logits_CV.gather(1, target_C1)) * counted_C1).sum()
+    if not with_gradient:
+        return loss, None
     grad_CV = logits_CV.sub_(log_sum_C1).exp_()
     grad_CV.scatter_add_(1, target_C1, grad_CV.new_full(target_C1.shape, -1.0))
     return loss, grad_CV.masked_fill_(~counted_C1, 0.0)
@@ -43,8 +45,10 @@ class FusedLinearLoss(torch.autograd.Function):
         total = hidden_TH.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden_TH), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            loss, grad_CV = chunk_loss(hidden_TH[chunk] @ weight_VH.T, target_T[chunk])
+            loss, grad_CV = chunk_loss(hidden_TH[chunk] @ weight_VH.T, target_T[chunk], need_hidden or need_weight)
             total += loss
+            if grad_CV is None:
+                continue
             grad_CV = grad_CV.to(weight_VH.dtype)
             if need_hidden:
                 torch.mm(grad_CV, weight_VH, out=grad_TH[chunk])
@@ -56,7 +60,7 @@ class FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        scaled = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        scaled = (None if g is None else g * grad for g in ctx.saved_tensors)
         return *scaled, None, None
 
 
@@ -70,6 +74,9 @@ def fused_linear_loss(
     if torch.is_autocast_enabled(hidden_TH.device.type):
         dtype = torch.get_autocast_dtype(hidden_TH.device.type)
         hidden_TH, weight_VH = hidden_TH.to(dtype), weight_VH.to(dtype)
+    if not torch.is_grad_enabled():
+        # needs_input_grad is true under no_grad as well.
+        hidden_TH, weight_VH = hidden_TH.detach(), weight_VH.detach()
     if chunk_tokens is None:
         chunk_tokens = max(1, CHUNK_BYTES // (4 * len(weight_VH)))
     with torch.autocast(hidden_TH.device.type, enabled=False):

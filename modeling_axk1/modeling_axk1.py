@@ -736,12 +736,14 @@ class AxK1PreTrainedModel(QuantizesExperts, PreTrainedModel):
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
         """As transformers', but each pipeline stage counts its layers from 0.
 
-        Masks and positions follow layer 0 of the cache, which else only the first stage fills.
+        Masks and positions follow layer 0 of the cache, which else only the first stage fills. Multi-token-prediction layers
+        have a cache of their own, and keep their places in it.
         """
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
-        held = [module for module in model.modules() if isinstance(module, AxK1Attention)]
-        for layer_idx, attention in enumerate(held):
-            attention.layer_idx = layer_idx
+        layers = [module for module in model.modules() if isinstance(module, AxK1DecoderLayer)]
+        held = [layer for layer in layers if not isinstance(layer, AxK1MTPLayer)]
+        for layer_idx, layer in enumerate(held):
+            layer.self_attn.layer_idx = layer_idx
         return model
 
     def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs) -> None:

@@ -330,6 +330,9 @@ class DraftingGenerationMixin(GenerationMixin):
         given = args[1] if len(args) > 1 else kwargs.get("generation_config")
         if use_mtp is None:
             use_mtp = getattr(self.generation_config if given is None else given, "use_mtp", None)
+        elif not use_mtp:
+            # A generation configuration may say True.
+            kwargs["use_mtp"] = False
         if not use_mtp:
             return super().generate(*args, streamer=streamer, synced_gpus=synced_gpus, **kwargs)
         for name in ("assistant_model", "custom_generate"):

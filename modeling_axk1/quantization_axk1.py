@@ -107,14 +107,23 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def dequantized(linear: nn.Module) -> Tensor:
-    """The weight [out, in] of a linear layer of torch's or bitsandbytes', without gradient. ValueError for any other module."""
-    if type(linear) is nn.Linear:
-        return linear.weight.detach()
-    if not is_quantized(linear):
+    """The weight [out, in] of a linear layer of torch's or bitsandbytes', without gradient.
+
+    ValueError for any other module, and for an offloaded weight.
+    """
+    if type(linear) is not nn.Linear and not is_quantized(linear):
         raise ValueError(
             f"A routed expert's matrix is a {type(linear).__name__}, of which quantised experts would run the base weight only; "
             "attach adapters to routed experts with trainers.adapters."
         )
+    if linear.weight.is_meta:
+        # accelerate brings a weight in for its own layer's forward only; the matmuls here would read memory as it was.
+        raise ValueError(
+            f"A matrix {list(linear.weight.shape)} is offloaded and cannot be read outside its layer; "
+            "give a device_map without cpu and disk for layers with experts."
+        )
+    if type(linear) is nn.Linear:
+        return linear.weight.detach()
     # Not at the top: it imports bitsandbytes, which need not be installed.
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
@@ -208,6 +217,14 @@ class QuantizesExperts:
             model._weight_conversions = [c for c in model._weight_conversions if not deserialises(c)]
         return result
 
+    @staticmethod
+    def _finalize_model_loading(model, *rest):
+        result = PreTrainedModel._finalize_model_loading(model, *rest)
+        # Only now are layers that no file holds gone.
+        if isinstance(getattr(model.config, "quantization_config", None), BitsAndBytesConfig):
+            say_share(model)
+        return result
+
     def dequantize(self, dtype: torch.dtype | None = None):
         """Back to plain and fused weights, in place; `save_pretrained` then writes a checkpoint for stock transformers."""
         # Not the config's own dtype: after a reload that is a string, which transformers 5.23 cannot cast to.
@@ -222,7 +239,7 @@ def separate_experts(model: nn.Module, skip: list[str]) -> None:
     Left fused: what `skip` (`llm_int8_skip_modules`) names, and layouts that we do not run; `share_line` says so.
     """
     for name, module in list(model.named_modules()):
-        if is_fused(module) and module.down_proj.is_meta and not left_fused(name, module, skip):
+        if is_fused(module) and module.down_proj.is_meta and not left_fused(model, name, skip):
             model.set_submodule(name, PackedExperts(module))
 
 
@@ -232,10 +249,14 @@ def is_fused(module: nn.Module) -> bool:
     return parameter is not None and parameter.dim() == 3
 
 
-def left_fused(name: str, module: nn.Module, skip: list[str]) -> str:
+def left_fused(model: nn.Module, name: str, skip: list[str]) -> str:
     """Why a fused-experts module is not quantised; empty if nothing speaks against it."""
-    if not (should_convert_module(name, skip) and should_convert_module(f"{name}.0.gate_proj", skip)):
-        return "llm_int8_skip_modules names them"
+    # Under construction the base model is asked first, which does not know that it will stand below a head.
+    bare = name.removeprefix(f"{model.base_model_prefix}.")
+    for spelling in (bare, f"{model.base_model_prefix}.{bare}"):
+        if not (should_convert_module(spelling, skip) and should_convert_module(f"{spelling}.0.gate_proj", skip)):
+            return "llm_int8_skip_modules names them"
+    module = model.get_submodule(name)
     difference = unlike_swiglu(module)
     return f"{type(module).__name__} {difference}" if difference else ""
 
@@ -285,8 +306,12 @@ def deserialises(conversion) -> bool:
 
 
 def settle(model: nn.Module, packed: list[str], missing: set[str]) -> None:
-    """After loading: nothing of an expert may be missing; freeze, steer clear of bitsandbytes' CPU repacking, say the share."""
-    lost = sorted(name for name in missing if any(name.startswith(f"{prefix}.") for prefix in packed))
+    """After loading: nothing of an expert may be missing; freeze, steer clear of bitsandbytes' CPU repacking.
+
+    Multi-token-prediction layers are not asked for: where no file holds them, they are dropped later.
+    """
+    needed = tuple(f"{prefix}." for prefix in packed if not predicts(model, prefix))
+    lost = sorted(name for name in missing if name.startswith(needed))
     if lost:
         raise ValueError(
             f"The checkpoint lacks {len(lost)} expert matrices, {lost[0]} the first; give one that stores each expert's "
@@ -299,8 +324,18 @@ def settle(model: nn.Module, packed: list[str], missing: set[str]) -> None:
             # On CPUs with AVX512-BF16 the first forward would rewrite the weight in place: it rounds the scales to bf16, which
             # a later save writes down, and refuses outputs that 32 does not divide.
             module.support_avx512bf16_for_cpu = False
+
+
+def predicts(model: nn.Module, name: str) -> bool:
+    """Whether a module belongs to a multi-token-prediction layer, which stands behind the decoder layers."""
+    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return layer is not None and int(layer.group(1)) >= model.config.get_text_config().num_hidden_layers
+
+
+def say_share(model: nn.Module) -> None:
+    """Print how much is quantised; a warning for a mixture that is mostly not."""
     share, line = quantized_share(model), share_line(model)
-    mixture = packed or any(is_fused(module) for module in model.modules())
+    mixture = any(is_packed(module) or is_fused(module) for module in model.modules())
     if mixture and share < 0.5:
         logger.warning(line)
     else:
@@ -319,7 +354,7 @@ def share_line(model: nn.Module) -> str:
     held = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     line = f"{quantized_share(model):.1%} of the parameters are quantised; the weights take {held / 1e9:.3g} GB."
     skip = getattr(model.config.quantization_config, "llm_int8_skip_modules", None) or []
-    reasons = {left_fused(name, module, skip) for name, module in model.named_modules() if is_fused(module)}
+    reasons = {left_fused(model, name, skip) for name, module in model.named_modules() if is_fused(module)}
     if reasons:
         line += f" The routed experts are not among them, because {' and '.join(sorted(reasons))}."
     elif quantized_share(model) < 0.5:
@@ -397,7 +432,8 @@ def matrix_bytes(rows: int, columns: int, form: str) -> int:
 
 
 def block_bytes(config: AxK1Config, form: str, *, tensor: int = 1, expert: int = 1) -> list[int]:
-    """Bytes of what may stand on different cards, in order: embedding, each decoder layer, final norm and head.
+    """Bytes of what may stand on different cards, in order: embedding, each decoder layer, each multi-token-prediction layer,
+    final norm and head.
 
     Linear layers are in `form`, all else in bf16 as the quantizer leaves it: embedding, head, norms, routers and their biases.
     tensor, expert: cards over which what has heads, a width or the vocabulary is cut, and over which experts are dealt; the
@@ -426,6 +462,9 @@ def block_bytes(config: AxK1Config, form: str, *, tensor: int = 1, expert: int =
     sparse = over(expert, experts * mlp(config.moe_intermediate_size)) + shared + router
     dense = over(tensor, mlp(config.intermediate_size))
     layers = [attention + (sparse if kind == "sparse" else dense) for kind in config.mlp_layer_types]
+    # One more block of the last layer's kind, the joining projection, three norms.
+    predicting = layers[-1] + matrix_bytes(hidden, 2 * hidden, form) + 2 * 3 * hidden
+    layers += [predicting] * config.num_nextn_predict_layers
     table = -(-2 * config.vocab_size * hidden // tensor)
     return [table, *layers, 2 * hidden + (0 if config.tie_word_embeddings else table)]
 
@@ -496,7 +535,13 @@ def files_of(folder: Path) -> dict[str, Path]:
     """The file of each tensor of a safetensors checkpoint, sharded or not."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        files = json.loads(index.read_text())["weight_map"]
+        for file in files.values():
+            if file != Path(file).name:
+                raise ValueError(
+                    f"{index} names the file {file!r}, which is not beside it; give a folder whose index names files of its own."
+                )
+        return {name: folder / file for name, file in files.items()}
     whole = folder / "model.safetensors"
     if not whole.exists():
         raise ValueError(

@@ -63,7 +63,7 @@ def test_whole_logits_never_exist(monkeypatch):
     chunk_loss = loss_axk1.chunk_loss
     monkeypatch.setattr(loss_axk1, "CHUNK_BYTES", 4 * 67 * 8)
     monkeypatch.setattr(
-        loss_axk1, "chunk_loss", lambda logits, target: (seen.append(len(logits)), chunk_loss(logits, target))[1]
+        loss_axk1, "chunk_loss", lambda logits, *rest: (seen.append(len(logits)), chunk_loss(logits, *rest))[1]
     )
     fused_linear_loss(*problem()).backward()
     assert seen == [8, 8, 8, 5]
@@ -76,6 +76,27 @@ def test_nothing_to_learn_and_frozen_parts():
     none = fused_linear_loss(hidden, weight, torch.full_like(target, -1))
     assert none == 0 and torch.autograd.grad(none, hidden)[0].abs().max() == 0
     assert fused_linear_loss(hidden[:0], weight, target[:0]) == 0
+
+
+def test_evaluation_computes_no_gradient(monkeypatch):
+    seen = []
+    chunk_loss = loss_axk1.chunk_loss
+    monkeypatch.setattr(loss_axk1, "chunk_loss", lambda *args: (seen.append(chunk_loss(*args)), seen[-1])[1])
+    hidden, weight, target = problem()
+    with torch.no_grad():
+        value = fused_linear_loss(hidden, weight, target, 8)
+    frozen = fused_linear_loss(hidden.detach(), weight.detach(), target, 8)
+    assert len(seen) == 8 and all(gradient is None for _, gradient in seen)
+    assert torch.equal(value, fused_linear_loss(hidden, weight, target, 8)) and torch.equal(value, frozen)
+
+
+def test_the_number_of_items_is_not_rounded_to_bfloat16():
+    hidden, weight, target = problem(dtype=torch.bfloat16)
+    whole = torch.autograd.grad(fused_linear_loss(hidden, weight, target), [hidden, weight])
+    mean = torch.autograd.grad(fused_linear_loss(hidden, weight, target) / 510, [hidden, weight])
+    assert torch.tensor(1 / 510).bfloat16().float() != torch.tensor(1 / 510)
+    for a, b in zip(mean, whole):
+        assert torch.equal(a, (b.float() * torch.tensor(1 / 510)).bfloat16()) and a.abs().max() > 0
 
 
 @pytest.mark.parametrize(

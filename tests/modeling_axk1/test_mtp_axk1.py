@@ -86,6 +86,16 @@ def test_a_file_without_the_weights_loads_without_the_layer(tmp_path, caplog):
     assert loaded(ids, labels=ids).mtp_loss is None
 
 
+def test_each_prediction_layer_keeps_its_place_in_the_cache_of_its_own():
+    model = small(num_nextn_predict_layers=2)
+    held = AxK1ForCausalLM.maybe_distribute_model(model, None, None).model.layers
+    assert [layer.self_attn.layer_idx for layer in held] == [0, 1, 0, 1]
+    # A later stage of a pipeline, which counts its own layers from 0.
+    del model.model.layers[0]
+    held = AxK1ForCausalLM.maybe_distribute_model(model, None, None).model.layers
+    assert [layer.self_attn.layer_idx for layer in held] == [0, 0, 1]
+
+
 def test_a_file_with_some_of_the_weights_is_refused(tmp_path):
     model = small()
     state = {name: tensor for name, tensor in model.state_dict().items() if "layers.2.enorm" not in name}
@@ -437,6 +447,20 @@ FILLED.update(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4), 0)
 def test_what_cannot_be_drafted_is_refused(model, settings, said):
     with pytest.raises(ValueError, match=said):
         model.generate(torch.tensor([[1, 2, 3, 4]]), use_mtp=True, max_new_tokens=2, **settings)
+
+
+def test_an_explicit_no_overrides_the_generation_configuration(model, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("drafts")
+
+    ids, settings = torch.tensor([[1, 2, 3, 4]]), {"max_new_tokens": 3, "do_sample": False}
+    plain = model.generate(ids, **settings)
+    monkeypatch.setattr(model.generation_config, "use_mtp", True)
+    monkeypatch.setattr(AxK1Model, "predict_next", never)
+    monkeypatch.setattr("transformers.generation.utils.MTPCandidateGenerator", never)
+    with pytest.raises(AssertionError, match="drafts"):
+        model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, use_mtp=False, **settings), plain)
 
 
 def test_a_model_without_the_layer_is_refused():

@@ -1,6 +1,7 @@
 """Are routed experts quantised like any linear layer: loaded as a stream, run, trained through, saved, taken back?"""
 
 import gc
+import json
 import threading
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AXK1ForCausalLM, BitsAndBytesConfig, MixtralConfig, Qwen3MoeConfig
@@ -242,6 +244,27 @@ def test_a_mixture_with_plain_experts_is_warned_of_with_the_reason(folder, caplo
     assert torch.equal(experts_of(model).gate_up_proj, fused.gate_up_proj)
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.experts", "layers.1.mlp.experts", "model.layers.1", "layers.1"])
+def test_experts_are_left_plain_by_either_full_name(folder, name, caplog):
+    model = load(folder, NF4 | {"llm_int8_skip_modules": [name, "lm_head", ".*self_attn", ".*layers.0"]})
+    fused = experts_of(AxK1ForCausalLM.from_pretrained(folder))
+    assert torch.equal(experts_of(model).gate_up_proj, fused.gate_up_proj)
+    assert "The routed experts are not among them, because llm_int8_skip_modules names them." in caplog.text
+
+
+def test_one_layer_of_several_may_be_left_plain(tmp_path):
+    plain = AxK1ForCausalLM(AxK1Config.preset("nano", vocab_size=64, num_hidden_layers=3, first_k_dense_replace=1))
+    plain.save_pretrained(tmp_path)
+    model = load(tmp_path, NF4 | {"llm_int8_skip_modules": ["model.layers.1.mlp.experts", "lm_head"]})
+    layers = model.model.layers
+    assert torch.equal(layers[1].mlp.experts.down_proj, plain.model.layers[1].mlp.experts.down_proj)
+    assert is_packed(layers[2].mlp.experts)
+    truth = plain.model.layers[2].mlp.experts.down_proj[3]
+    # NF4's own error of normal weights: 0.09.
+    down = expert_weights(layers[2].mlp.experts, 3)[1]
+    assert 0.01 < (down - truth).norm() / truth.norm() < 0.12
+
+
 def test_a_mixture_that_is_mostly_vocabulary_is_warned_of_too(tmp_path, caplog):
     AxK1ForCausalLM(AxK1Config.preset("nano", vocab_size=8192, num_hidden_layers=2)).save_pretrained(tmp_path)
     model = load(tmp_path)
@@ -320,6 +343,23 @@ def test_experts_stacked_on_disk_are_an_error_and_no_random_weights(tmp_path):
         load_quantized(tmp_path, BitsAndBytesConfig(**NF4))
 
 
+def test_prediction_layers_that_no_file_holds_are_dropped_and_counted_nowhere(folder, nf4, tmp_path, capfd):
+    model = AxK1ForCausalLM.from_pretrained(folder)
+    model.config.num_nextn_predict_layers = 1
+    model.save_pretrained(tmp_path)
+    capfd.readouterr()
+    loaded = load(tmp_path)
+    assert len(loaded.model.layers) == 2 and torch.equal(logits(loaded), logits(nf4))
+    assert f"{quantized_share(nf4):.1%} of the parameters are quantised" in capfd.readouterr().err
+
+
+def test_offloaded_experts_are_an_error_and_no_nan(folder):
+    model = load(folder)
+    cpu_offload(experts_of(model), execution_device="cpu")
+    with pytest.raises(ValueError, match="is offloaded .* device_map without cpu and disk for layers with experts"):
+        logits(model)
+
+
 # -- training through it -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("way", [NF4, INT8], ids=["nf4", "int8"])
 def test_preparing_for_training_leaves_experts_packed_and_lora_learns_below_them(folder, way):
@@ -349,6 +389,15 @@ def test_preparing_for_training_leaves_experts_packed_and_lora_learns_below_them
 
 
 # -- on paper, and how good ----------------------------------------------------------------------------------------
+def held_bytes(model) -> int:
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for name, tensor in model.state_dict().items()
+        # Names of sizes and types, as text; and a marker of the row format.
+        if "quant_state.bitsandbytes" not in name and not name.endswith("weight_format")
+    )
+
+
 @pytest.mark.parametrize(
     ("form", "way"),
     [("nf4 double", NF4), ("nf4", NF4 | {"bnb_4bit_use_double_quant": False}), ("int8", INT8), ("bf16", None)],
@@ -358,17 +407,20 @@ def test_bytes_on_paper_are_bytes_in_memory(folder, form, way):
     model = AxK1ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     if way is not None:
         model = load(folder, way, dtype=torch.bfloat16)
-    state = model.state_dict()
-    held = sum(
-        tensor.numel() * tensor.element_size()
-        for name, tensor in state.items()
-        # Names of sizes and types, as text; and a marker of the row format.
-        if "quant_state.bitsandbytes" not in name and not name.endswith("weight_format")
-    )
+    held = held_bytes(model)
     if form == "nf4 double":
         # The offset of a matrix's scales stands in that text.
-        held += 4 * sum("nested_absmax" in name for name in state)
+        held += 4 * sum("nested_absmax" in name for name in model.state_dict())
     assert quantized_bytes(model.config, form) == held
+
+
+@pytest.mark.parametrize(("form", "dense"), [("nf4", 1), ("bf16", 2)], ids=["sparse", "dense"])
+def test_prediction_layers_are_on_paper_too(tmp_path, form, dense):
+    model = AxK1ForCausalLM(tiny_config(num_nextn_predict_layers=2, first_k_dense_replace=dense)).bfloat16()
+    if form == "nf4":
+        model.save_pretrained(tmp_path)
+        model = load(tmp_path, NF4 | {"bnb_4bit_use_double_quant": False}, dtype=torch.bfloat16)
+    assert len(model.model.mtp_layers) == 2 and quantized_bytes(model.config, form) == held_bytes(model)
 
 
 def test_k1_on_paper():
@@ -403,3 +455,10 @@ def test_error_of_each_layer_and_part(folder, nf4, tmp_path):
     assert fine < 0.012 < 0.11 < coarse
     with pytest.raises(ValueError, match="holds neither model.safetensors nor its index"):
         quantization_errors(nf4, tmp_path)
+
+
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path):
+    for name in ("../elsewhere.safetensors", "/etc/elsewhere.safetensors"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(ValueError, match="index.json names the file .*; give a folder whose index names files"):
+            quantization.files_of(tmp_path)
