@@ -545,9 +545,13 @@ def progress_bar(label: str, total_bytes: int, progress: bool) -> tqdm:
     return tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, disable=not progress)
 
 
+# In blocks, as hashlib.file_digest came with Python 3.11. trainers/safeguards.py has its own: neither room imports the other.
 def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(FILE_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def identity(paths: Iterable[Path]) -> list[list]:

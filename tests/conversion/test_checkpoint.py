@@ -1,6 +1,8 @@
 """Does the reader refuse what is corrupt, and does the writer write what the safetensors library reads?"""
 
+import hashlib
 import json
+import os
 import struct
 
 import pytest
@@ -9,11 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from conversion.checkpoint import (
     DTYPES,
+    FILE_BLOCK_BYTES,
     Job,
     open_checkpoint,
     plan_shards,
     read_elements,
     read_header,
+    sha256_of,
     write_index,
     write_shard,
 )
@@ -201,3 +205,11 @@ def test_job_never_overwrites(tmp_path, name):
     with pytest.raises(ValueError, match="exists already"):
         Job(tmp_path / "out", {})
     assert [path.name for path in tmp_path.rglob("*")] == [name, "precious"]
+
+
+def test_a_files_hash_needs_no_newer_python(tmp_path, monkeypatch):
+    """hashlib.file_digest is absent in 3.10."""
+    data = os.urandom(FILE_BLOCK_BYTES + 7)
+    (tmp_path / "file").write_bytes(data)
+    monkeypatch.delattr(hashlib, "file_digest", raising=False)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
