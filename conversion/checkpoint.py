@@ -255,7 +255,7 @@ class HashedFile:
 
     It goes past the system's cache where the file system can (O_DIRECT): the disk then works all along instead of at the end,
     no core copies the bytes once more, and a checkpoint larger than memory does not drive everything else out of it.
-    OSError says which file, and that nothing is lost. `digest` is whole once the file is closed.
+    OSError of a write says which file, and that nothing is lost. `digest` is whole once the file is closed.
     """
 
     def __init__(self, path: Path):
@@ -298,7 +298,18 @@ class HashedFile:
             if len(block) % mmap.PAGESIZE:
                 # The end of the file, which O_DIRECT cannot write.
                 fcntl.fcntl(self._descriptor, fcntl.F_SETFL, 0)
-            block = block[os.write(self._descriptor, block) :]
+            try:
+                block = block[os.write(self._descriptor, block) :]
+            except OSError as error:
+                if error.errno == errno.EINVAL and self._is_uncached():
+                    # Opened past the cache, and yet the file system cannot write so.
+                    fcntl.fcntl(self._descriptor, fcntl.F_SETFL, 0)
+                    continue
+                reason = f"{error.strerror}; what is written is kept: mend this and run the same again"
+                raise OSError(error.errno, reason, str(self.path)) from error
+
+    def _is_uncached(self) -> bool:
+        return bool(fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
@@ -307,15 +318,10 @@ class HashedFile:
                     self._hand_over()
                 while self._underway:
                     self._await_oldest()
-        except OSError as late:
-            error = late
         finally:
             self._hasher.shutdown(cancel_futures=True)
             self._writer.shutdown(cancel_futures=True)
             os.close(self._descriptor)
-        if isinstance(error, OSError):
-            reason = f"{error.strerror}; what is written is kept: mend this and run the same again"
-            raise OSError(error.errno, reason, str(self.path)) from error
 
 
 def open_uncached(path: Path) -> int:
