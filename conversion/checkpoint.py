@@ -215,6 +215,19 @@ def read_elements(tensor: StoredTensor, start: int = 0, stop: int | None = None)
     return flat
 
 
+def read_json(path: Path) -> dict:
+    """The fields of a JSON file; ValueError if it is missing or holds something else."""
+    try:
+        said = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; give the folder of a model, or fetch it whole.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); fetch or save it again.") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{path} holds a {type(said).__name__} instead of fields; fetch or save it again.")
+    return said
+
+
 def bytes_of(flat: Tensor) -> memoryview:
     """The memory of a flat contiguous tensor as bytes, without a copy."""
     return memoryview(flat.view(torch.uint8).numpy())

@@ -18,7 +18,15 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from conversion.checkpoint import INDEX_NAME, StoredTensor, TensorSpec, listed, open_checkpoint, read_metadata
+from conversion.checkpoint import (
+    INDEX_NAME,
+    StoredTensor,
+    TensorSpec,
+    listed,
+    open_checkpoint,
+    read_json,
+    read_metadata,
+)
 from conversion.convert import local_tokenizer
 from conversion.weight_map import POST_NORM, hf_shapes, rows_of
 from modeling_axk1.configuration_axk1 import AxK1Config, layer_types_of
@@ -100,18 +108,6 @@ def diagnose(folder: str | Path) -> Diagnosis:
     findings += check_files(folder, tensors)
     ordered = sorted(findings, key=lambda each: SEVERITIES.index(each.severity))
     return Diagnosis(str(folder), len(tensors), sum(tensor.nbytes for tensor in tensors.values()), tuple(ordered))
-
-
-def read_json(path: Path) -> dict:
-    try:
-        said = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; give the folder of a model, or fetch it whole.") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch or save it again.") from error
-    if not isinstance(said, dict):
-        raise ValueError(f"{path} holds a {type(said).__name__} instead of fields; fetch or save it again.")
-    return said
 
 
 def _config_of(said: dict, findings: list[Finding]) -> AxK1Config | None:

@@ -17,9 +17,9 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from conversion.checkpoint import INDEX_NAME, listed, open_checkpoint
+from conversion.checkpoint import INDEX_NAME, listed, open_checkpoint, read_json
 from conversion.convert import TOKENIZER_FILES
-from conversion.doctor import PICKLES, Diagnosis, diagnose, read_json
+from conversion.doctor import PICKLES, Diagnosis, diagnose
 from modeling_axk1.configuration_axk1 import AxK1Config, count_parameters
 
 # What the Hub takes for `base_model_relation`.  [its documentation of model cards]
