@@ -85,7 +85,9 @@ def open_adapter(folder: str | Path) -> Adapter:
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
-        raise ValueError(f"{folder / CONFIG} says r={rank!r} and lora_alpha={alpha!r}, no rank and number; save it again.")
+        raise ValueError(
+            f"{folder / CONFIG} says r={rank!r} and lora_alpha={alpha!r}, no rank and number; save it again."
+        )
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return Adapter(folder / WEIGHTS, config, scale, find_factors(folder / WEIGHTS, config))
 
@@ -171,7 +173,9 @@ def export_adapter(adapter_dir: str | Path, out_dir: str | Path) -> list[str]:
     tensors: dict[str, Tensor] = {}
     for name, factors in adapter.factors.items():
         # Copies: gate and up share A, which safetensors would refuse.
-        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = map(torch.clone, factors.read())
+        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = map(
+            torch.clone, factors.read()
+        )
     config = adapter.config | {
         "target_modules": sorted({name.rpartition(".")[2] for name in adapter.factors}),
         "target_parameters": None,

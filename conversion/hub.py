@@ -129,7 +129,9 @@ def stale_files(push: Push, api: HfApi | None = None) -> list[str]:
         there = (api or HfApi()).list_repo_files(push.repo)
     except RepositoryNotFoundError:
         return []
-    return [name for name in sorted(there) if "/" not in name and name.endswith(STALE_SUFFIXES) and name not in push.files]
+    return [
+        name for name in sorted(there) if "/" not in name and name.endswith(STALE_SUFFIXES) and name not in push.files
+    ]
 
 
 def stage(push: Push, folder: Path) -> None:
