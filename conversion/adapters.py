@@ -30,21 +30,36 @@ from conversion.checkpoint import (
     open_checkpoint,
     plan_shards,
     read_elements,
+    read_header,
+    read_json,
     write_files,
     write_index,
     write_shard,
 )
-from conversion.merging import BLOCK_ELEMENTS, COPIED_FILES, MERGED_DTYPES, read_json
+from conversion.merging import BLOCK_ELEMENTS, COPIED_FILES, MERGED_DTYPES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 STACKED = re.compile(r"(?P<experts>.+\.experts)(?P<inner>\.base_layer)?")
 # What PEFT can do besides and neither a merge nor vLLM would see.
-UNSUPPORTED = ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out")
+UNSUPPORTED = (
+    "rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "alora_invocation_tokens",
+    "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "layer_replication",
+)  # fmt: skip
+# The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base weights, so that B A belongs to no stored checkpoint.
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
-# (A [R, F], B [O, R]) of one matrix as checkpoints store it, read when it is called.
-Factors = Callable[[], tuple[Tensor, Tensor]]
+# (A [R, F], B [O, R]), read when it is called.
+Pair = Callable[[], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The pair of one matrix [O, F] as checkpoints store it."""
+
+    shape: tuple[int, int]
+    read: Pair
 
 
 @dataclass(frozen=True)
@@ -62,18 +77,23 @@ def open_adapter(folder: str | Path) -> Adapter:
         raise ValueError(f"{folder} has no {CONFIG} and {WEIGHTS}; give the folder that PEFT or a trainer saved.")
     config = read_json(folder / CONFIG)
     used = [key for key in UNSUPPORTED if config.get(key)]
+    if config.get("init_lora_weights") not in PLAIN_INITS:
+        used.append(f"init_lora_weights={config['init_lora_weights']!r}")
     if config.get("peft_type") != "LORA" or used or config.get("bias", "none") != "none":
         raise ValueError(
             f"{folder} is not plain LoRA ({listed(used) or config.get('peft_type')}); merge it with PEFT's merge_and_unload."
         )
-    rank, alpha = config["r"], config["lora_alpha"]
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        raise ValueError(
+            f"{folder / CONFIG} says r={rank!r} and lora_alpha={alpha!r}, no rank and number; save it again."
+        )
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return Adapter(folder / WEIGHTS, config, scale, find_factors(folder / WEIGHTS, config))
 
 
 def find_factors(path: Path, config: dict) -> dict[str, Factors]:
-    with safe_open(path, framework="pt") as file:
-        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    shapes = {tensor.name: tensor.shape for tensor in read_header(path)}
     foreign = [key for key in shapes if not KEY.fullmatch(key)]
     if foreign:
         raise ValueError(f"{path} holds more than A and B of linear layers: {listed(foreign)}; merge it with PEFT.")
@@ -81,14 +101,27 @@ def find_factors(path: Path, config: dict) -> dict[str, Factors]:
     # Experts come one by one, in a checkpoint's order: down_proj and gate_up_proj of a layer take turns.
     cached = lru_cache(maxsize=4)(read_pair)
     for module in sorted({KEY.fullmatch(key)["module"] for key in shapes}):
-        read = partial(cached, path, f"{PREFIX}{module}")
-        if stacked := STACKED.fullmatch(module):
-            experts = shapes[f"{PREFIX}{module}.lora_A.weight"][0] // config["r"]
+        read, stacked = partial(cached, path, f"{PREFIX}{module}"), STACKED.fullmatch(module)
+        a_shape, b_shape = (shapes.get(f"{PREFIX}{module}.lora_{side}.weight", ()) for side in "AB")
+        if not is_pair(a_shape, b_shape, config["r"], bool(stacked)):
+            raise ValueError(
+                f"{path} holds lora_A {list(a_shape)} and lora_B {list(b_shape)} of {module}, no pair of rank {config['r']}; "
+                "save the adapter again."
+            )
+        whole = Factors((b_shape[0], a_shape[1]), read)
+        if stacked:
             matrix = stacked_matrix(bool(stacked["inner"]), config)
-            factors |= expert_factors(stacked["experts"], matrix, experts, read)
+            factors |= expert_factors(stacked["experts"], matrix, a_shape[0] // config["r"], whole)
         else:
-            factors[module] = read
+            factors[module] = whole
     return factors
+
+
+def is_pair(a_shape: tuple[int, ...], b_shape: tuple[int, ...], rank: int, stacked: bool) -> bool:
+    """Whether both are there and share their ranks: one, or where experts are stacked some times one."""
+    if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[0] != b_shape[1] or not a_shape[0]:
+        return False
+    return a_shape[0] % rank == 0 if stacked else a_shape[0] == rank
 
 
 def read_pair(path: Path, name: str) -> tuple[Tensor, Tensor]:
@@ -107,17 +140,18 @@ def stacked_matrix(inner: bool, config: dict) -> str:
     return "gate_up_proj" if inner or names == {"gate_up_proj"} else "down_proj"
 
 
-def expert_factors(name: str, matrix: str, experts: int, read: Factors) -> dict[str, Factors]:
+def expert_factors(name: str, matrix: str, experts: int, whole: Factors) -> dict[str, Factors]:
     """The matrices that a checkpoint stores for a stacked one: each expert's down_proj, or its gate_proj and up_proj."""
 
     def of(expert: int, part: int, parts: int) -> tuple[Tensor, Tensor]:
-        lora_A, lora_B = read()
+        lora_A, lora_B = whole.read()
         b_OR = lora_B[:, expert::experts].chunk(parts)[part]
         return lora_A.chunk(experts)[expert].contiguous(), b_OR.contiguous()
 
     parts = ("down_proj",) if matrix == "down_proj" else ("gate_proj", "up_proj")
+    shape = whole.shape[0] // len(parts), whole.shape[1]
     return {
-        f"{name}.{expert}.{part}": partial(of, expert, place, len(parts))
+        f"{name}.{expert}.{part}": Factors(shape, partial(of, expert, place, len(parts)))
         for expert in range(experts)
         for place, part in enumerate(parts)
     }
@@ -131,22 +165,29 @@ def export_adapter(adapter_dir: str | Path, out_dir: str | Path) -> list[str]:
     attention reads the base weight of kv_b_proj once, at load, so an adapter there would be ignored.
     """
     adapter, out_dir = open_adapter(adapter_dir), Path(out_dir)
-    if out_dir.exists():
-        raise ValueError(f"{out_dir} exists already; choose another name or remove it.")
+    partial_dir = out_dir.with_name(out_dir.name + ".partial")
+    for path in (out_dir, partial_dir):
+        # What lies in the second may be a merge that can still be finished.
+        if path.exists():
+            raise ValueError(f"{path} exists already; choose another name or remove it.")
     tensors: dict[str, Tensor] = {}
-    for name, read in adapter.factors.items():
+    for name, factors in adapter.factors.items():
         # Copies: gate and up share A, which safetensors would refuse.
-        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = map(torch.clone, read())
+        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = map(
+            torch.clone, factors.read()
+        )
     config = adapter.config | {
         "target_modules": sorted({name.rpartition(".")[2] for name in adapter.factors}),
         "target_parameters": None,
     }
-    partial_dir = out_dir.with_name(out_dir.name + ".partial")
-    shutil.rmtree(partial_dir, ignore_errors=True)
     partial_dir.mkdir(parents=True)
-    save_file(tensors, partial_dir / WEIGHTS, metadata={"format": "pt"})
-    (partial_dir / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    partial_dir.rename(out_dir)
+    try:
+        save_file(tensors, partial_dir / WEIGHTS, metadata={"format": "pt"})
+        (partial_dir / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        partial_dir.rename(out_dir)
+    except BaseException:
+        shutil.rmtree(partial_dir)
+        raise
     ignored = [name for name in adapter.factors if name.endswith(".kv_b_proj")]
     if not ignored:
         return []
@@ -205,6 +246,12 @@ def check_fits(adapter: Adapter, tensors: dict[str, StoredTensor], model_dir: Pa
     missing = [name for name in adapter.factors if f"{name}.weight" not in tensors]
     if missing:
         raise ValueError(f"{model_dir} has no {listed(missing, 3)}; give the model that the adapter was trained on.")
+    for name, factors in adapter.factors.items():
+        if tensors[f"{name}.weight"].shape != factors.shape:
+            raise ValueError(
+                f"{name}.weight is {list(tensors[f'{name}.weight'].shape)} but its adapter {list(factors.shape)}; give the model "
+                "that the adapter was trained on."
+            )
     unlike = [name for name in adapter.factors if tensors[f"{name}.weight"].dtype not in MERGED_DTYPES]
     if unlike:
         raise ValueError(f"{listed(unlike, 3)} are stored in a dtype that takes no sum; give the unquantised model.")
@@ -223,18 +270,13 @@ def merged_blocks(tensor: StoredTensor, adapter: Adapter) -> Iterator[Tensor]:
     """A tensor in flat blocks of whole rows, its adapter added where it has one."""
     columns = tensor.shape[-1] if tensor.shape else 1
     step = max(BLOCK_ELEMENTS // max(columns, 1), 1) * columns
-    read = adapter.factors.get(tensor.name.removesuffix(".weight"))
-    wide = torch.promote_types(tensor.dtype, torch.float32) if read else tensor.dtype
-    if read:
-        a_RF, b_OR = (factor.to(wide) for factor in read())
-        if tensor.shape != (b_OR.shape[0], a_RF.shape[1]):
-            raise ValueError(
-                f"{tensor.name} is {list(tensor.shape)} but its adapter {[b_OR.shape[0], a_RF.shape[1]]}; give the model that "
-                "the adapter was trained on."
-            )
+    factors = adapter.factors.get(tensor.name.removesuffix(".weight"))
+    wide = torch.promote_types(tensor.dtype, torch.float32) if factors else tensor.dtype
+    if factors:
+        a_RF, b_OR = (factor.to(wide) for factor in factors.read())
     for start in range(0, tensor.elements, max(step, 1)):
         block = read_elements(tensor, start, min(start + step, tensor.elements))
-        if read:
+        if factors:
             rows = b_OR[start // columns : start // columns + block.numel() // columns]
             block = (block.to(wide) + adapter.scale * (rows @ a_RF).flatten()).to(tensor.dtype)
         yield block

@@ -215,6 +215,19 @@ def read_elements(tensor: StoredTensor, start: int = 0, stop: int | None = None)
     return flat
 
 
+def read_json(path: Path) -> dict:
+    """The fields of a JSON file; ValueError if it is missing or holds something else."""
+    try:
+        said = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; give the folder of a model, or fetch it whole.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); fetch or save it again.") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{path} holds a {type(said).__name__} instead of fields; fetch or save it again.")
+    return said
+
+
 def bytes_of(flat: Tensor) -> memoryview:
     """The memory of a flat contiguous tensor as bytes, without a copy."""
     return memoryview(flat.view(torch.uint8).numpy())
@@ -255,7 +268,7 @@ class HashedFile:
 
     It goes past the system's cache where the file system can (O_DIRECT): the disk then works all along instead of at the end,
     no core copies the bytes once more, and a checkpoint larger than memory does not drive everything else out of it.
-    OSError says which file, and that nothing is lost. `digest` is whole once the file is closed.
+    OSError of a write says which file, and that nothing is lost. `digest` is whole once the file is closed.
     """
 
     def __init__(self, path: Path):
@@ -298,7 +311,18 @@ class HashedFile:
             if len(block) % mmap.PAGESIZE:
                 # The end of the file, which O_DIRECT cannot write.
                 fcntl.fcntl(self._descriptor, fcntl.F_SETFL, 0)
-            block = block[os.write(self._descriptor, block) :]
+            try:
+                block = block[os.write(self._descriptor, block) :]
+            except OSError as error:
+                if error.errno == errno.EINVAL and self._is_uncached():
+                    # Opened past the cache, and yet the file system cannot write so.
+                    fcntl.fcntl(self._descriptor, fcntl.F_SETFL, 0)
+                    continue
+                reason = f"{error.strerror}; what is written is kept: mend this and run the same again"
+                raise OSError(error.errno, reason, str(self.path)) from error
+
+    def _is_uncached(self) -> bool:
+        return bool(fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
@@ -307,15 +331,10 @@ class HashedFile:
                     self._hand_over()
                 while self._underway:
                     self._await_oldest()
-        except OSError as late:
-            error = late
         finally:
             self._hasher.shutdown(cancel_futures=True)
             self._writer.shutdown(cancel_futures=True)
             os.close(self._descriptor)
-        if isinstance(error, OSError):
-            reason = f"{error.strerror}; what is written is kept: mend this and run the same again"
-            raise OSError(error.errno, reason, str(self.path)) from error
 
 
 def open_uncached(path: Path) -> int:
@@ -545,9 +564,13 @@ def progress_bar(label: str, total_bytes: int, progress: bool) -> tqdm:
     return tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, disable=not progress)
 
 
+# In blocks, as hashlib.file_digest came with Python 3.11. trainers/safeguards.py has its own: neither room imports the other.
 def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(FILE_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def identity(paths: Iterable[Path]) -> list[list]:

@@ -9,6 +9,7 @@ No file of a checkpoint is executed; its chat template is rendered in transforme
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +19,15 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from conversion.checkpoint import INDEX_NAME, StoredTensor, TensorSpec, listed, open_checkpoint, read_metadata
+from conversion.checkpoint import (
+    INDEX_NAME,
+    StoredTensor,
+    TensorSpec,
+    listed,
+    open_checkpoint,
+    read_json,
+    read_metadata,
+)
 from conversion.convert import local_tokenizer
 from conversion.weight_map import POST_NORM, hf_shapes, rows_of
 from modeling_axk1.configuration_axk1 import AxK1Config, layer_types_of
@@ -102,22 +111,11 @@ def diagnose(folder: str | Path) -> Diagnosis:
     return Diagnosis(str(folder), len(tensors), sum(tensor.nbytes for tensor in tensors.values()), tuple(ordered))
 
 
-def read_json(path: Path) -> dict:
-    try:
-        said = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; give the folder of a model, or fetch it whole.") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch or save it again.") from error
-    if not isinstance(said, dict):
-        raise ValueError(f"{path} holds a {type(said).__name__} instead of fields; fetch or save it again.")
-    return said
-
-
 def _config_of(said: dict, findings: list[Finding]) -> AxK1Config | None:
     try:
         return AxK1Config.from_dict({**said, "model_type": AxK1Config.model_type})
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    # The last two are what transformers itself stumbles over: a dtype that is a list or none of torch's, a rope that is a text.
+    except (ValueError, TypeError, StrictDataclassError, AttributeError, IndexError) as error:
         fact = f"config.json describes no model: {' '.join(str(error).split())}"
         findings.append(Finding("error", ALL, fact, "correct the field; the tensors were not held against it"))
         return None
@@ -205,8 +203,16 @@ def check_rope(said: dict, config: AxK1Config) -> Iterator[Finding]:
         fact = f"rope_type is {kind!r}, which vLLM computes as YaRN"
         yield Finding("error", VLLM, fact, "use 'default' or 'yarn'")
     if kind == "yarn":
-        reach = rope.get("factor", 0) * rope.get("original_max_position_embeddings", 0)
-        if reach != config.max_position_embeddings:
+        named = {name: rope.get(name, 0) for name in ("factor", "original_max_position_embeddings")}
+        wrong = [f"{name} {value!r}" for name, value in named.items() if type(value) not in (int, float)]
+        reach = 0 if wrong else math.prod(named.values())
+        if wrong:
+            # Transformers computes a factor that is null from the two lengths.
+            breaks = VLLM if wrong == ["factor None"] else ALL
+            yield Finding(
+                "error", breaks, f"YaRN's {' and '.join(wrong)} is no number", "write the one it was trained with"
+            )
+        elif reach != config.max_position_embeddings:
             fact = (
                 f"YaRN reaches {reach:,.0f} positions, max_position_embeddings says {config.max_position_embeddings:,}"
             )

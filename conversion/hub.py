@@ -3,6 +3,7 @@
 The doctor has to agree first. The upload itself is huggingface_hub's: started again, it sends what is not there yet.
 """
 
+import glob
 import inspect
 import json
 import os
@@ -13,11 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from conversion.checkpoint import INDEX_NAME, listed, open_checkpoint
+from conversion.checkpoint import INDEX_NAME, listed, open_checkpoint, read_json
 from conversion.convert import TOKENIZER_FILES
-from conversion.doctor import PICKLES, Diagnosis, diagnose, read_json
+from conversion.doctor import PICKLES, Diagnosis, diagnose
 from modeling_axk1.configuration_axk1 import AxK1Config, count_parameters
 
 # What the Hub takes for `base_model_relation`.  [its documentation of model cards]
@@ -29,8 +31,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_axk1.AxK1ForCausalLM",
     "AutoModelForSequenceClassification": "modeling_axk1.AxK1ForSequenceClassification",
 }
-# Files of an earlier push that this one does not replace would be read with the new ones.
-STALE = ("*.safetensors", INDEX_NAME, "*.py")
+# Files of an earlier push, beside the config, that this one does not replace would be read with the new ones.
+STALE_SUFFIXES = (".safetensors", INDEX_NAME, ".py")
 # What stands between these lines is written by us, at each push; what a person wrote around them stays.
 BEGIN, END = "<!-- axk1 push: begin -->", "<!-- axk1 push: end -->"
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n?", re.DOTALL)
@@ -115,8 +117,21 @@ def push_to_hub(
     url = api.create_repo(repo, private=private, exist_ok=True)
     with TemporaryDirectory() as staged:
         stage(push, Path(staged))
-        api.upload_folder(repo_id=repo, folder_path=staged, commit_message="Push by axk1", delete_patterns=list(STALE))
+        # Escaped names rather than patterns: the * of a pattern would reach into folders.
+        stale = [glob.escape(name) for name in stale_files(push, api)] or None
+        api.upload_folder(repo_id=repo, folder_path=staged, commit_message="Push by axk1", delete_patterns=stale)
     return str(url)
+
+
+def stale_files(push: Push, api: HfApi | None = None) -> list[str]:
+    """What the push deletes in the repository: weights and code beside its config that are not sent; in folders, nothing."""
+    try:
+        there = (api or HfApi()).list_repo_files(push.repo)
+    except RepositoryNotFoundError:
+        return []
+    return [
+        name for name in sorted(there) if "/" not in name and name.endswith(STALE_SUFFIXES) and name not in push.files
+    ]
 
 
 def stage(push: Push, folder: Path) -> None:
@@ -310,14 +325,23 @@ def _share(row: dict, name: str) -> str:
 
 
 # -- what is shown ------------------------------------------------------------------------------------------------
-def text_of_push(push: Push) -> str:
-    """Exactly what would go: every file with its bytes, the card, and what the doctor warns of."""
+def text_of_push(push: Push, api: HfApi | None = None) -> str:
+    """Exactly what would go: every file with its bytes, what it deletes there, the card, and what the doctor warns of."""
     sizes = push.sizes()
     written = {name for name, source in push.files.items() if isinstance(source, bytes)}
     lines = [f"{push.repo}:"]
     lines += [
         f"  {name:<44}{size:>18,} bytes{'  (written for it)' * (name in written)}" for name, size in sizes.items()
     ]
-    lines += [f"{len(sizes)} files, {sum(sizes.values()):,} bytes ({sum(sizes.values()) / 1e9:,.2f} GB)", ""]
+    lines += [f"{len(sizes)} files, {sum(sizes.values()):,} bytes ({sum(sizes.values()) / 1e9:,.2f} GB)"]
+    lines += [*text_of_deletions(push, api), ""]
     lines += [f"{each.severity}: {each.fact} -> {each.remedy}" for each in push.diagnosis.findings]
     return "\n".join([*lines, "", "README.md:", push.card])
+
+
+def text_of_deletions(push: Push, api: HfApi | None) -> list[str]:
+    try:
+        return [f"  {name}  (deleted there)" for name in stale_files(push, api)]
+    # Without a network all else can still be shown; the error is that of whichever client the library uses.
+    except Exception as error:
+        return [f"What it deletes there is not known, the Hub did not answer: {' '.join(str(error).split())[:160]}"]

@@ -3,7 +3,6 @@
 theta = alpha * theta_thinking + (1 - alpha) * theta_nonthinking, alpha = 0.8  [tech report, post-training]
 """
 
-import json
 import math
 import shutil
 import warnings
@@ -24,6 +23,7 @@ from conversion.checkpoint import (
     open_checkpoint,
     plan_shards,
     read_elements,
+    read_json,
     write_files,
     write_index,
     write_shard,
@@ -192,7 +192,9 @@ def _vocabulary_difference(left: dict, right: dict) -> str:
 
 def check_configs(thinking_dir: Path, nonthinking_dir: Path) -> None:
     """Warn of configs that differ, as the thinking model's is taken; ValueError where the weights are quantised."""
-    configs = [read_json(folder / "config.json") for folder in (thinking_dir, nonthinking_dir)]
+    # Tensors alone can be merged too.
+    paths = [folder / "config.json" for folder in (thinking_dir, nonthinking_dir)]
+    configs = [read_json(path) if path.exists() else {} for path in paths]
     for folder, config in zip((thinking_dir, nonthinking_dir), configs, strict=True):
         if "quantization_config" in config:
             raise ValueError(f"{folder} is quantised: packed weights have no linear merge; merge the bf16 weights.")
@@ -204,15 +206,6 @@ def check_configs(thinking_dir: Path, nonthinking_dir: Path) -> None:
     ]
     if differing:
         warnings.warn(f"The configs differ, the thinking model's is kept: {listed(differing)}.", stacklevel=3)
-
-
-def read_json(path: Path) -> dict:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch or save it again.") from error
 
 
 def _plan(thinking: dict[str, StoredTensor], nonthinking: dict[str, StoredTensor], alpha: float, shard_bytes: int):

@@ -125,6 +125,13 @@ def edited(saved, tmp_path, **changes):
         ({"use_dora": True}, "is not plain LoRA (use_dora); merge it with PEFT"),
         ({"rank_pattern": {"x": 2}}, "is not plain LoRA (rank_pattern)"),
         ({"peft_type": "IA3"}, "is not plain LoRA (IA3)"),
+        ({"init_lora_weights": "pissa"}, "is not plain LoRA (init_lora_weights='pissa')"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "is not plain LoRA (layer_replication)"),
+        ({"alora_invocation_tokens": [1]}, "is not plain LoRA (alora_invocation_tokens)"),
+        ({"kasa_config": {"beta": 1.0}}, "is not plain LoRA (kasa_config)"),
+        ({"r": None}, "says r=None and lora_alpha=5, no rank and number"),
+        ({"r": 2}, "no pair of rank 2; save the adapter again"),
+        ({"lora_alpha": "5"}, "says r=3 and lora_alpha='5'"),
         ({"target_parameters": None}, "does not say which matrices of the experts are adapted"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -142,6 +149,43 @@ def test_another_models_adapter_is_refused(saved, tmp_path):
     ours(random_config(1, first_k_dense_replace=1, q_lora_rank=30)).save_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match=r"is \[30, 48\] but its adapter \[22, 48\]; give the model"):
         merge_adapter(tmp_path / "wide", saved / "adapter", tmp_path / "out", progress=False)
+    (tmp_path / "wide/config.json").unlink()
+    with pytest.raises(ValueError, match="config.json is missing; give the folder of a model"):
+        merge_adapter(tmp_path / "wide", saved / "adapter", tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match="has no adapter_config.json"):
         merge_adapter(saved / "model", saved / "model", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_misfit_shows_before_the_first_byte(saved, tmp_path, monkeypatch):
+    ours(random_config(1, first_k_dense_replace=1, q_lora_rank=30)).save_pretrained(tmp_path / "wide")
+    monkeypatch.setattr("conversion.adapters.Job", lambda *args: pytest.fail("a job was begun"))
+    with pytest.raises(ValueError, match=r"is \[30, 48\] but its adapter \[22, 48\]"):
+        merge_adapter(tmp_path / "wide", saved / "adapter", tmp_path / "out", progress=False)
+
+
+def test_a_damaged_adapter_is_refused_in_a_sentence(saved, tmp_path):
+    folder = edited(saved, tmp_path)
+    weights = folder / "adapter_model.safetensors"
+    whole = load_file(weights)
+    alone = next(name for name in whole if "lora_B" in name)
+    save_file({name: tensor for name, tensor in whole.items() if name != alone}, weights)
+    with pytest.raises(ValueError, match=r"lora_B \[\] of .*, no pair of rank 3"):
+        export_adapter(folder, tmp_path / "out")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="adapter_model.safetensors is truncated"):
+        export_adapter(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_export_takes_no_merge_away(saved, tmp_path, monkeypatch):
+    """And of its own nothing is left when it fails."""
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/model.safetensors").write_text("hours of work")
+    with pytest.raises(ValueError, match="out.partial exists already"):
+        export_adapter(saved / "adapter", tmp_path / "out")
+    assert (tmp_path / "out.partial/model.safetensors").read_text() == "hours of work"
+    monkeypatch.setattr("conversion.adapters.save_file", lambda *args, **more: (tmp_path / "gone").read_bytes())
+    with pytest.raises(FileNotFoundError):
+        export_adapter(saved / "adapter", tmp_path / "other")
+    assert not list(tmp_path.glob("other*"))

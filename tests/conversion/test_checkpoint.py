@@ -1,6 +1,10 @@
 """Does the reader refuse what is corrupt, and does the writer write what the safetensors library reads?"""
 
+import errno
+import fcntl
+import hashlib
 import json
+import os
 import struct
 
 import pytest
@@ -9,11 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from conversion.checkpoint import (
     DTYPES,
+    FILE_BLOCK_BYTES,
+    HashedFile,
     Job,
     open_checkpoint,
     plan_shards,
     read_elements,
     read_header,
+    sha256_of,
     write_index,
     write_shard,
 )
@@ -201,3 +208,50 @@ def test_job_never_overwrites(tmp_path, name):
     with pytest.raises(ValueError, match="exists already"):
         Job(tmp_path / "out", {})
     assert [path.name for path in tmp_path.rglob("*")] == [name, "precious"]
+
+
+def test_a_files_hash_needs_no_newer_python(tmp_path, monkeypatch):
+    """hashlib.file_digest is absent in 3.10."""
+    data = os.urandom(FILE_BLOCK_BYTES + 7)
+    (tmp_path / "file").write_bytes(data)
+    monkeypatch.delattr(hashlib, "file_digest", raising=False)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_an_error_of_the_source_is_not_said_of_the_output(tmp_path):
+    with pytest.raises(FileNotFoundError) as error, HashedFile(tmp_path / "out"):
+        (tmp_path / "gone").read_bytes()
+    assert error.value.filename == str(tmp_path / "gone") and "what is written" not in str(error.value)
+
+
+def failing_write(monkeypatch, refused: int, number: int) -> list[int]:
+    """os.write that fails with the error `number` where one of the `refused` flags is set, or always if it is 0."""
+    write, flags_seen = os.write, []
+
+    def checked(descriptor, block):
+        flags_seen.append(fcntl.fcntl(descriptor, fcntl.F_GETFL) & refused)
+        if flags_seen[-1] or not refused:
+            raise OSError(number, os.strerror(number))
+        return write(descriptor, block)
+
+    monkeypatch.setattr(os, "write", checked)
+    return flags_seen
+
+
+def test_a_failing_write_names_the_output(tmp_path, monkeypatch):
+    failing_write(monkeypatch, 0, errno.ENOSPC)
+    with pytest.raises(OSError, match="No space left on device; what is written is kept") as error:
+        with HashedFile(tmp_path / "out") as file:
+            file.write(b"x")
+    assert error.value.filename == str(tmp_path / "out")
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system writes through its cache only")
+def test_where_the_file_system_cannot_write_past_the_cache_it_writes_through_it(tmp_path, monkeypatch):
+    data = os.urandom(2 * FILE_BLOCK_BYTES)
+    seen = failing_write(monkeypatch, os.O_DIRECT, errno.EINVAL)
+    with HashedFile(tmp_path / "out") as file:
+        if not fcntl.fcntl(file._descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            pytest.skip("this file system does not open files past the cache")
+        file.write(data)
+    assert (tmp_path / "out").read_bytes() == data and seen[0] and file.digest.digest() == hashlib.sha256(data).digest()

@@ -113,6 +113,14 @@ FAULTS = {
         edit_config(rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}),
         "error", VLLM, "'linear'", UNLIKE,
     ),
+    "yarn's null": (edit_config(rope_parameters=YARN | {"factor": None}), "error", VLLM, "factor None is no number", CLEAN),
+    "yarn's text": (
+        edit_config(rope_parameters=YARN | {"original_max_position_embeddings": "16"}),
+        "error", ALL, "original_max_position_embeddings '16' is no number", REFUSED,
+    ),
+    "rope a text": (edit_config(rope_parameters="yarn"), "error", ALL, "describes no model", REFUSED),
+    "dtype a list": (edit_config(dtype=["x"]), "error", ALL, "describes no model", REFUSED),
+    "dtype unknown": (edit_config(dtype="x"), "error", ALL, "describes no model: module 'torch' has no attribute 'x'", REFUSED),
     "yarn's reach": (edit_config(max_position_embeddings=128), "warning", ALL, "reaches 64", CLEAN),
     "no yarn": (
         edit_config(max_position_embeddings=131072, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),

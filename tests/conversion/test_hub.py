@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.axk1.modeling_axk1 import AXK1ForCausalLM
 
 import axk1
 from conversion.doctor import diagnose
-from conversion.hub import CardSettings, model_files, plan_push, push_to_hub, stage
+from conversion.hub import CardSettings, model_files, plan_push, push_to_hub, stage, text_of_push
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM, count_parameters, set_thinking_tokens
 from tests.random_models import ours, padded_ids, tiny_chat_config
 from trainers.scorecard import EvalSettings, write_results
@@ -49,7 +50,7 @@ def folder(saved, tmp_path):
 
 
 class FolderHub:
-    """The two calls of HfApi that a push makes, onto a folder."""
+    """The three calls of HfApi that a push makes, onto a folder; it deletes as huggingface_hub does."""
 
     def __init__(self, root: Path):
         self.root, self.calls = root, []
@@ -58,9 +59,15 @@ class FolderHub:
         self.calls.append(("create_repo", repo_id, private, exist_ok))
         return f"https://huggingface.co/{repo_id}"
 
+    def list_repo_files(self, repo_id):
+        root = self.root / repo_id
+        return [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+
     def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
         self.calls.append(("upload_folder", repo_id, delete_patterns))
-        shutil.copytree(folder_path, self.root / repo_id)
+        for name in filter_repo_objects(self.list_repo_files(repo_id), allow_patterns=delete_patterns or []):
+            (self.root / repo_id / name).unlink()
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
 
 
 def results_file(tmp_path) -> Path:
@@ -98,6 +105,22 @@ def test_exactly_the_model_is_sent_and_loads(folder, tmp_path):
     with torch.no_grad():
         expected = AxK1ForCausalLM.from_pretrained(folder)(ids).logits
         assert torch.equal(AxK1ForCausalLM.from_pretrained(sent)(ids).logits, expected)
+
+
+def test_only_stale_files_beside_the_config_are_deleted(folder, tmp_path):
+    hub = FolderHub(tmp_path / "hub")
+    there = tmp_path / "hub/me/nano"
+    kept = {"adapter/adapter_model.safetensors", "custom_generate/generate.py", "notes.txt", ".gitattributes"}
+    gone = {"model-00001-of-00099.safetensors", "modeling_[old].py"}
+    for name in kept | gone:
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_text("of an earlier push")
+    push = plan_push(folder, "me/nano", SETTINGS)
+    said = {line.split()[0] for line in text_of_push(push, hub).splitlines() if line.endswith("(deleted there)")}
+    push_to_hub(folder, "me/nano", SETTINGS, api=hub)
+    assert set(hub.list_repo_files("me/nano")) == push.files.keys() | kept and said == gone
+    push_to_hub(folder, "me/nano", SETTINGS, api=hub)
+    assert hub.calls[-1] == ("upload_folder", "me/nano", None), "an empty list of patterns would be one"
 
 
 def test_a_broken_model_is_not_sent(folder, tmp_path):
