@@ -22,8 +22,6 @@ from torch import Tensor
 
 from conversion.checkpoint import (
     Job,
-    OutFile,
-    Shard,
     StoredTensor,
     identity,
     listed,
@@ -32,9 +30,9 @@ from conversion.checkpoint import (
     read_elements,
     read_header,
     read_json,
+    shard_file,
     write_files,
     write_index,
-    write_shard,
 )
 from conversion.merging import BLOCK_ELEMENTS, COPIED_FILES, MERGED_DTYPES
 
@@ -220,10 +218,7 @@ def merge_adapter(
     job = Job(out_dir, plan | {role: identity(paths) for role, paths in sources.items()})
     try:
         if not job.published:
-            files = [
-                OutFile(shard.filename, shard.nbytes, partial(write_merged, shard=shard, adapter=adapter))
-                for shard in shards
-            ]
+            files = [shard_file(shard, partial(merged_blocks, adapter=adapter)) for shard in shards]
             write_files(job, files, workers=1, progress=progress, label="merge adapter")
             write_index(job.folder, shards)
             for path in sorted(path for pattern in COPIED_FILES for path in model_dir.glob(pattern)):
@@ -255,15 +250,6 @@ def check_fits(adapter: Adapter, tensors: dict[str, StoredTensor], model_dir: Pa
     unlike = [name for name in adapter.factors if tensors[f"{name}.weight"].dtype not in MERGED_DTYPES]
     if unlike:
         raise ValueError(f"{listed(unlike, 3)} are stored in a dtype that takes no sum; give the unquantised model.")
-
-
-def write_merged(path: Path, tick: Callable[[Tensor], None], *, shard: Shard, adapter: Adapter) -> dict:
-    def blocks(tensor: StoredTensor) -> Iterator[Tensor]:
-        for block in merged_blocks(tensor, adapter):
-            yield block
-            tick(block)
-
-    return {"sha256": write_shard(path, shard, blocks)}
 
 
 def merged_blocks(tensor: StoredTensor, adapter: Adapter) -> Iterator[Tensor]:

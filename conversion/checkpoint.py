@@ -513,6 +513,20 @@ class OutFile:
     write: Callable[[Path, Callable[[Tensor], None]], Mapping]
 
 
+def shard_file(shard: Shard, blocks: Callable[[TensorSpec], Iterator[Tensor]]) -> OutFile:
+    """The output file of a shard whose tensors come as flat `blocks`."""
+
+    def write(path: Path, tick: Callable[[Tensor], None]) -> Mapping:
+        def ticked(tensor: TensorSpec) -> Iterator[Tensor]:
+            for block in blocks(tensor):
+                yield block
+                tick(block)
+
+        return {"sha256": write_shard(path, shard, ticked)}
+
+    return OutFile(shard.filename, shard.nbytes, write)
+
+
 def write_files(job: Job, files: list[OutFile], *, workers: int, progress: bool, label: str) -> None:
     """Write the files that the job has not yet, `workers` at a time, each recorded as soon as it is whole.
 

@@ -14,12 +14,10 @@ from argparse import Namespace
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from conversion.checkpoint import (
@@ -35,9 +33,9 @@ from conversion.checkpoint import (
     open_checkpoint,
     plan_shards,
     progress_bar,
+    shard_file,
     write_files,
     write_index,
-    write_shard,
 )
 from conversion.config_map import arguments_from_config, arguments_from_rope
 from conversion.megatron import TRACKER, all_post_norm_names, assemble, config_of, find_iteration, kind_of
@@ -402,10 +400,7 @@ def to_hf(
     """Plan a folder that `from_pretrained` loads, ours and stock transformers' alike, of a checkpoint of any format."""
     opened = open_any(source, reading)
     shards = _hf_shards(opened, shard_bytes)
-    files = [
-        OutFile(shard.filename, shard.nbytes, partial(_write_hf_shard, shard=shard, tensors=opened.tensors))
-        for shard in shards
-    ]
+    files = [shard_file(shard, lambda spec: blocks(opened.tensors[spec.name])) for shard in shards]
 
     # Now, so that a tokenizer that cannot be read is known before hours of writing.
     tokenizer_dir = reading.tokenizer or (opened.folder if opened.kind == "hf" else None)
@@ -444,15 +439,6 @@ def _generation_config(opened: Opened, tokenizer_dir: Path | None) -> Generation
 def _hf_shards(opened: Opened, shard_bytes: int) -> list[Shard]:
     specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()]
     return plan_shards(specs, shard_bytes)
-
-
-def _write_hf_shard(path: Path, tick: Callable[[Tensor], None], *, shard: Shard, tensors: dict[str, Mosaic]) -> dict:
-    def counted(spec: TensorSpec) -> Iterator[Tensor]:
-        for block in blocks(tensors[spec.name]):
-            yield block
-            tick(block)
-
-    return {"sha256": write_shard(path, shard, counted)}
 
 
 # -- to Megatron ------------------------------------------------------------------------------------------------------

@@ -6,8 +6,7 @@ theta = alpha * theta_thinking + (1 - alpha) * theta_nonthinking, alpha = 0.8  [
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from conversion.checkpoint import (
     Job,
-    OutFile,
     Shard,
     StoredTensor,
     identity,
@@ -24,9 +22,9 @@ from conversion.checkpoint import (
     plan_shards,
     read_elements,
     read_json,
+    shard_file,
     write_files,
     write_index,
-    write_shard,
 )
 
 # What is read at a time.
@@ -217,20 +215,11 @@ def _plan(thinking: dict[str, StoredTensor], nonthinking: dict[str, StoredTensor
 
 
 def _write_shards(job: Job, shards: list[Shard], nonthinking: dict, alpha: float, progress: bool) -> None:
-    files = [
-        OutFile(shard.filename, shard.nbytes, partial(_write_merged, shard=shard, nonthinking=nonthinking, alpha=alpha))
-        for shard in shards
-    ]
-    write_files(job, files, workers=1, progress=progress, label=f"merge {alpha:g}")
-
-
-def _write_merged(path: Path, tick: Callable[[Tensor], None], *, shard: Shard, nonthinking: dict, alpha: float) -> dict:
     def blocks(tensor: StoredTensor) -> Iterator[Tensor]:
-        for block in merge_blocks(tensor, nonthinking[tensor.name], alpha):
-            yield block
-            tick(block)
+        return merge_blocks(tensor, nonthinking[tensor.name], alpha)
 
-    return {"sha256": write_shard(path, shard, blocks)}
+    files = [shard_file(shard, blocks) for shard in shards]
+    write_files(job, files, workers=1, progress=progress, label=f"merge {alpha:g}")
 
 
 def _write_companions(job: Job, shards: list[Shard], thinking_dir: Path, nonthinking_dir: Path, alpha: float) -> None:

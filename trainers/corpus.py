@@ -6,7 +6,7 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -135,7 +135,7 @@ def _damage_counted(counts: Counter) -> Iterator[None]:
         counts["broken compression"] += 1
 
 
-def unread(counts: Counter) -> dict[str, int]:
+def unread(counts: Mapping[str, int]) -> dict[str, int]:
     """Of the counts of `read_records`, the reasons why something was not read."""
     return {reason: count for reason, count in counts.items() if reason not in ("documents", "bytes")}
 

@@ -58,7 +58,7 @@ except ImportError as missing:
     raise ImportError("axk1 curate run needs datatrove; pip install 'axk1[curation]'.") from missing
 
 from trainers import report
-from trainers.corpus import MAX_DOCUMENT_BYTES, files_of
+from trainers.corpus import MAX_DOCUMENT_BYTES, files_of, unread
 from trainers.curation_steps import (
     DECONTAMINATION_WORDS,
     GOPHER,
@@ -440,11 +440,7 @@ def _mixture_rows(tallies: Mapping[str, Mapping], mixture: Mapping[str, float]) 
 def summary(facts: Mapping) -> list[dict[str, str]]:
     """Kept and dropped, a line each."""
     rows = [("read", "documents", facts["read"].get("documents", 0))]
-    rows += [
-        ("read", reason, count)
-        for reason, count in sorted(facts["read"].items())
-        if reason not in ("documents", "bytes")
-    ]
+    rows += [("read", reason, count) for reason, count in sorted(unread(facts["read"]).items())]
     for step, reasons in facts["dropped"].items():
         rows += [(step, reason, count) for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
     rows.append(("mixture", "left out", facts["left_out_by_mixture"]))

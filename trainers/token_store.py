@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from trainers.corpus import Record, files_of, read_documents
+from trainers.corpus import Record, files_of, read_documents, unread
 from trainers.tokenizer import CONTROL_TOKENS, END_OF_TEXT
 
 # Longer texts are tokenised piece by piece: a tokenizer keeps some hundred bytes a token until it has read all of a text.
@@ -26,8 +26,6 @@ BATCH_CHARACTERS = 500_000
 # Goes up with what is written, so that folders of an earlier version are not taken for this one's.
 LAYOUT = 2
 UNKNOWN_DIFFICULTY = float("nan")
-# Counted beside what was wrong.
-READ = ("documents", "bytes")
 
 
 @dataclass(frozen=True)
@@ -250,7 +248,7 @@ def open_source(name: str, folder: Path) -> Source:
 
 def told(counts: Mapping[str, int]) -> str:
     """What was wrong with the files, in words; empty if nothing was."""
-    return ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()) if what not in READ)
+    return ", ".join(f"{count:,} {what}" for what, count in sorted(unread(counts).items()))
 
 
 def described(sources: Mapping[str, Source]) -> list[dict[str, str]]:
