@@ -31,6 +31,7 @@ from trainers.mode_rows import (
     leave_out_overlong,
     require_modes,
     warn_of_lone_prompts,
+    warn_of_unknown_tags,
 )
 from trainers.tokenizer import END_THINK, THINK
 
@@ -184,6 +185,7 @@ class ThinkFusionTrainer(SFTTrainer):
             raise ValueError("A streamed dataset can be neither counted nor paired; load it without streaming.")
         if "input_ids" in dataset.column_names or "prompt" not in dataset.column_names:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        warn_of_unknown_tags(dataset, dataset_name)
         dataset = apply_history_policy(require_modes(dataset, dataset_name), args.history_thoughts)
         # TRL would cut long rows and drop some without a word: it gets no limit, and `leave_out_overlong` counts.
         unlimited = copy.copy(args)
