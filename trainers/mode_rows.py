@@ -36,7 +36,7 @@ def warn_of_unknown_tags(dataset: Dataset, name: str) -> None:
     if tagged:
         warnings.warn(
             f"{len(tagged)} of {len(dataset)} {name} rows, e.g. row {tagged[0]}, have a tag in their completion that is no "
-            f"control token here and is trained as text; write {THINK} and {END_THINK}, or drop what validate_mode_overlap lists.",
+            f"control token here and is learned as text; write {THINK} and {END_THINK} or drop what validate_mode_overlap lists.",
             stacklevel=2,
         )
 
