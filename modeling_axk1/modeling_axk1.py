@@ -653,6 +653,13 @@ def move_post_mlp_norm(layer, state_dict, prefix, *_) -> None:
         state_dict[f"{prefix}mlp.post_mlp_layernorm.weight"] = state_dict.pop(on_disk)
 
 
+def tie_lm_head(model: "AxK1ForCausalLM", state_dict, prefix, *_) -> None:
+    """A file of tied embeddings holds them once."""
+    embedding, head = f"{prefix}model.embed_tokens.weight", f"{prefix}lm_head.weight"
+    if model.config.tie_word_embeddings and embedding in state_dict:
+        state_dict.setdefault(head, state_dict[embedding])
+
+
 def keep_outputs_of(operators: list) -> tuple:
     """Checkpoint contexts that keep the results of these operators and recompute everything else."""
 
@@ -939,6 +946,7 @@ class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin, DraftingGene
         self.model = AxK1Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_load_state_dict_pre_hook(tie_lm_head)
         self.post_init()
 
     def init_continuous_batching(self, *args, **kwargs):
