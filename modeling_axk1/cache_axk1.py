@@ -1,10 +1,15 @@
-"""How is the latent cache kept?  In buffers with room at the end, so that appending a token copies nothing.
+"""How is the latent cache kept?  In buffers with room at the end, so that appending a token copies nothing, or in pages.
 
-Axes: B batch, S cached tokens, R room (capacity in tokens), D size of one latent (512 or 64 in K1).
+Axes: B batch, Q new tokens, S cached tokens, R room (capacity in tokens), D size of one latent (512 or 64 in K1), L latent.
 """
 
+import copy
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 # An eighth of head-room costs at most 12.5% memory; each token is then copied about eight times however long the text
@@ -94,3 +99,29 @@ def keep_slots(cache: Cache, slots_BW: Tensor) -> None:
                 states.take_along_dim(slots_BW.to(states.device)[:, None, :, None], dim=2)
                 for states in (layer.keys, layer.values)
             )
+
+
+def page_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy in which transformers' continuous batching finds the sizes of a token's key and value: half of what we cache each.
+
+    Its pages hold keys and values of one size, by `num_key_value_heads` and `head_dim`, which say here how heads are rotated.
+    """
+    config = copy.copy(config)
+    config.num_key_value_heads, config.head_dim = 1, -(-(config.kv_lora_rank + config.qk_rope_head_dim) // 2)
+    return config
+
+
+def update_pages(
+    cache: Any, latent_B1QL: Tensor, rope_B1QD: Tensor, layer_idx: int, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Write new tokens into the pages of continuous batching, a `PagedAttentionCache` made for `page_sizes`.
+
+    Returns latents and keys [1, 1, S, .] of all requests, one after another, with their earlier tokens. `kwargs` are the
+    attention function's, which the cache makes fit this layer.
+    """
+    sizes = [latent_B1QL.shape[-1], rope_B1QD.shape[-1]]
+    token = torch.cat([latent_B1QL, rope_B1QD], dim=-1)
+    halves = F.pad(token, (0, sum(sizes) % 2)).chunk(2, dim=-1)
+    halves = cache.update(*halves, layer_idx, kwargs)
+    latent_B1SL, rope_B1SD = torch.cat(halves, dim=-1)[..., : sum(sizes)].split(sizes, dim=-1)
+    return latent_B1SL, rope_B1SD

@@ -1,9 +1,11 @@
 """What is an A.X K1, in numbers: every field with its source, three presets, validation, exact parameter and FLOP counts."""
 
 import copy
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
@@ -11,9 +13,21 @@ logger = logging.get_logger(__name__)
 
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
 SIZES = (
-    "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads n_shared_experts "
-    "n_routed_experts kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim max_position_embeddings"
+    "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "n_shared_experts n_routed_experts topk_group kv_lora_rank q_lora_rank qk_nope_head_dim "
+    "qk_rope_head_dim v_head_dim max_position_embeddings"
 ).split()
+# Of layers: 0 or more.
+COUNTS = ("first_k_dense_replace", "num_nextn_predict_layers")
+# The smallest and the largest value.
+RANGES = {
+    "rms_norm_eps": (0.0, 1.0),
+    "attention_dropout": (0.0, 1.0),
+    "routed_scaling_factor": (0.0, math.inf),
+    "router_aux_loss_coef": (0.0, math.inf),
+    "mtp_loss_weight": (0.0, math.inf),
+    "initializer_range": (0.0, math.inf),
+}
 
 # YaRN of the released 131,072-token context: factor 4 over 32,768.  [released config]
 K1_ROPE = {
@@ -188,15 +202,15 @@ class AxK1Config(PreTrainedConfig):
         # Derived below; a stale value from a file would bend the RoPE.
         kwargs.pop("head_dim", None)
         kwargs.pop("qk_head_dim", None)
-        check_sizes(self)
         self.topk_method = self.topk_method or "noaux_tc"
         if self.topk_method == "greedy":
             # Ungrouped by definition; written 1/1 so that libraries which always group agree.
             self.n_group = self.topk_group = 1
-        self.n_group = self.n_group or 1
-        self.topk_group = self.topk_group or 1
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.num_nextn_predict_layers = self.num_nextn_predict_layers or 0
+        absent = {"n_group": 1, "topk_group": 1, "num_key_value_heads": self.num_attention_heads}
+        for field, value in {**absent, "num_nextn_predict_layers": 0, "attention_dropout": 0.0}.items():
+            if getattr(self, field) is None:
+                setattr(self, field, value)
+        check_fields(self)
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.head_dim = self.qk_rope_head_dim  # what transformers' RoPE functions read
         if self.mlp_layer_types is None:
@@ -238,22 +252,32 @@ class HubAxK1Config(AxK1Config):
         return AxK1Config.from_dict({**config_dict, "model_type": AxK1Config.model_type}, **kwargs)
 
 
-def check_sizes(config: AxK1Config) -> None:
+def check_fields(config: AxK1Config) -> None:
+    """Raise ValueError for a field that is wrong by itself: fact, value, remedy."""
     for field in SIZES:
         value = getattr(config, field)
         if type(value) is not int or value < 1:
             raise ValueError(f"{field}={value!r} is not a positive whole number; give one.")
-    if config.first_k_dense_replace is not None and config.first_k_dense_replace < 0:
-        raise ValueError(f"first_k_dense_replace={config.first_k_dense_replace} counts layers; use 0 or more.")
-    if not isinstance(config.moe_layer_freq, int | list | None):
-        raise ValueError(f"moe_layer_freq={config.moe_layer_freq!r} is no rule; use a number or a list of 0 and 1.")
+    for field in COUNTS:
+        value = getattr(config, field)
+        if value is not None and (type(value) is not int or value < 0):
+            raise ValueError(f"{field}={value!r} counts layers; use 0 or more.")
+    for field, (low, high) in RANGES.items():
+        value = getattr(config, field)
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise ValueError(f"{field}={value!r} is outside {low:g} to {high:g}; choose a number inside.")
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act={config.hidden_act!r} is no activation of transformers; the release has 'silu'.")
+    freq = config.moe_layer_freq
+    if not (freq is None or type(freq) is int and freq > 0 or type(freq) is list and set(freq) <= {0, 1}):
+        raise ValueError(f"moe_layer_freq={freq!r} is no rule; use a number or a list of 0 and 1, 1 for all layers.")
 
 
 def layer_types_of(layers: int, first_dense: int | None, freq: int | list[int] | None) -> list[str]:
     """Layer i is sparse from `first_dense` (default 1) on if i % freq == 0, or where the list `freq` holds a 1."""
     if isinstance(freq, list):
         return ["sparse" if flag else "dense" for flag in freq]
-    first_dense, freq = 1 if first_dense is None else first_dense, freq or 1
+    first_dense, freq = 1 if first_dense is None else first_dense, 1 if freq is None else freq
     return ["sparse" if i >= first_dense and i % freq == 0 else "dense" for i in range(layers)]
 
 
@@ -274,8 +298,8 @@ def check(config: AxK1Config) -> None:
         raise ValueError(f"topk_method={config.topk_method!r} is unknown; use one of {', '.join(TOPK_METHODS)}.")
     if config.scoring_func != "sigmoid":
         raise ValueError(f"scoring_func={config.scoring_func!r} is not A.X K1's router; use 'sigmoid'.")
-    if groups < 1:
-        raise ValueError(f"n_group={groups} is not a number of groups; use 1 for ungrouped.")
+    if type(groups) is not int or groups < 1:
+        raise ValueError(f"n_group={groups!r} is not a number of groups; use 1 for ungrouped.")
     if experts % groups:
         raise ValueError(
             f"n_routed_experts={experts} does not split into n_group={groups}; use a divisor of {experts}."
@@ -288,9 +312,9 @@ def check(config: AxK1Config) -> None:
             "leaves one a group; use fewer groups."
         )
     allowed = experts // groups * top_groups
-    if not 1 <= top_k <= allowed:
+    if type(top_k) is not int or not 1 <= top_k <= allowed:
         raise ValueError(
-            f"num_experts_per_tok={top_k} is outside 1..{allowed}, the experts in topk_group={top_groups} of "
+            f"num_experts_per_tok={top_k!r} is outside 1..{allowed}, the experts in topk_group={top_groups} of "
             f"n_group={groups} groups; lower it or allow more groups."
         )
     if config.qk_rope_head_dim % 2:
@@ -314,6 +338,11 @@ def compatibility_warnings(config: AxK1Config) -> list[str]:
         warnings.append(
             f"topk_method='group_limited_greedy' with n_group={config.n_group}: stock transformers scores a group by the "
             "sum of its two best experts, we and vLLM by the best one, so stock routes differently; use 'noaux_tc' if it matters."
+        )
+    if config.num_key_value_heads != config.num_attention_heads:
+        warnings.append(
+            f"num_key_value_heads={config.num_key_value_heads}: stock transformers repeats heads by it and cannot run this "
+            f"model, whose latents serve all {config.num_attention_heads} heads; write {config.num_attention_heads}."
         )
     if isinstance(config.moe_layer_freq, list):
         warnings.append(

@@ -90,14 +90,14 @@ def fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Ten
     check_layout(self)
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    pair_P, token_P, hits = sort_pairs(top_k_index, self.num_experts)
+    pair_P, token_P, weight_P1, hits = sort_pairs(top_k_index, top_k_weights, self.num_experts)
     # Behind the last hit stand the pairs of other ranks' experts.
     here = slice(hits[-1][2] if hits else 0)
     gate_PI, up_PI = GroupedLinear.apply(hidden_states[token_P[here]].to(dtype), self.gate_up_proj, hits).chunk(
         2, dim=-1
     )
     # Weighted before the down projection, as in moe_dispatch.py: I numbers a row instead of H, and none kept of the output.
-    act_PI = F.silu(gate_PI) * up_PI * top_k_weights.reshape(-1, 1)[pair_P[here]].to(dtype)
+    act_PI = F.silu(gate_PI) * up_PI * weight_P1[here].to(dtype)
     rows_PH = GroupedLinear.apply(act_PI, self.down_proj, hits)
     # Put back and summed, where index_add would keep the rows for its backward.
     rows_PH = F.pad(rows_PH, (0, 0, 0, len(pair_P) - len(rows_PH)))[pair_P.argsort()]

@@ -206,6 +206,8 @@ def _prompt(inputs: Tensor | None, kwargs: dict) -> Tensor:
 
 
 def _modes(enable_thinking: bool | list[bool], rows: int) -> list[bool]:
+    if not isinstance(enable_thinking, bool | list | tuple):
+        raise ValueError(f"enable_thinking={enable_thinking!r} is no mode; use True, False, or a list of one per row.")
     modes = [enable_thinking] * rows if isinstance(enable_thinking, bool) else list(enable_thinking)
     if len(modes) != rows:
         raise ValueError(f"enable_thinking has {len(modes)} entries for {rows} rows; give one per row, or one bool.")

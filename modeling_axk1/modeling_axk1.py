@@ -6,6 +6,7 @@ Axes: B batch, Q new tokens, S attended tokens (cached ones included), N heads, 
 T = B * Q tokens, K experts a token, E routed experts, G groups, H hidden.
 """
 
+import inspect
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
@@ -35,7 +37,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_axk1 import grow_in_place
+from .cache_axk1 import grow_in_place, page_sizes, update_pages
 from .configuration_axk1 import AxK1Config
 from .fp8_axk1 import fp8_experts_forward
 from .generation_axk1 import ThinkingGenerationMixin
@@ -273,8 +275,10 @@ class AxK1Attention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
+        cache=None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
+        """`cache` is continuous batching's (`generate_batch`), whose rows are one long row of requests under one mask."""
         B, Q, _ = hidden_states.shape
         q_latent = self.q_a_layernorm(self.q_a_proj(hidden_states))
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.latent, self.rope], dim=-1)
@@ -287,8 +291,11 @@ class AxK1Attention(nn.Module):
             if torch.is_grad_enabled():
                 # A later step may write into the cache's memory, which the backward of this one still has to read.
                 latent_B1SL, k_rope_B1SD = latent_B1SL.clone(), k_rope_B1SD.clone()
+        if cache is not None:
+            latent_B1SL, k_rope_B1SD = update_pages(cache, latent_B1SL, k_rope_B1SD, self.layer_idx, kwargs)
 
-        if past_key_values is not None and self.absorbs(Q, latent_B1SL.shape[2], attention_mask):
+        cached = past_key_values is not None or cache is not None
+        if cached and self.absorbs(Q, latent_B1SL.shape[2], attention_mask):
             attend = self.attend_absorbed
         elif self.recompute and self.training:
             attend = partial(checkpoint, self.attend_expanded, use_reentrant=False, context_fn=keep_attention_core)
@@ -296,6 +303,11 @@ class AxK1Attention(nn.Module):
             attend = self.attend_expanded
         output, weights = attend(q_latent, latent_B1SL, k_rope_B1SD, position_embeddings, attention_mask, **kwargs)
         return self.o_proj(output.reshape(B, Q, -1)), weights
+
+    @property
+    def implementation(self) -> str:
+        """The attention function's name; continuous batching's "paged|" only tells who updates the cache, which we do."""
+        return self.config._attn_implementation.removeprefix("paged|")
 
     def queries(self, q_latent: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """[B, N, Q, nope + rope], the last part rotated."""
@@ -310,9 +322,7 @@ class AxK1Attention(nn.Module):
         expanded = self.kv_b_proj(latent_B1SL[:, 0]).view(B, S, -1, self.nope + self.value).transpose(1, 2)
         k_nope, value = expanded.split([self.nope, self.value], dim=-1)
         key = torch.cat((k_nope, k_rope_B1SD.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
@@ -338,7 +348,7 @@ class AxK1Attention(nn.Module):
         up_NDL = matrix_of(self.kv_b_proj).view(N, self.nope + self.value, -1)
         w_key, w_value = up_NDL.split([self.nope, self.value], dim=1)
         q_absorbed = q_nope @ w_key
-        eager = self.config._attn_implementation == "eager"
+        eager = self.implementation == "eager"
         if Q == 1 and not eager and steps_on_kernels(q_absorbed, q_rope, latent_BSL, k_rope_BSD):
             mask = spelled_out(attention_mask, latent_BSL)
             mask_BS = None if mask is None else mask[:, 0, -1].expand(B, -1)
@@ -643,6 +653,13 @@ def move_post_mlp_norm(layer, state_dict, prefix, *_) -> None:
         state_dict[f"{prefix}mlp.post_mlp_layernorm.weight"] = state_dict.pop(on_disk)
 
 
+def tie_lm_head(model: "AxK1ForCausalLM", state_dict, prefix, *_) -> None:
+    """A file of tied embeddings holds them once."""
+    embedding, head = f"{prefix}model.embed_tokens.weight", f"{prefix}lm_head.weight"
+    if model.config.tie_word_embeddings and embedding in state_dict:
+        state_dict.setdefault(head, state_dict[embedding])
+
+
 def keep_outputs_of(operators: list) -> tuple:
     """Checkpoint contexts that keep the results of these operators and recompute everything else."""
 
@@ -929,7 +946,25 @@ class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin, DraftingGene
         self.model = AxK1Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_load_state_dict_pre_hook(tie_lm_head)
         self.post_init()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As transformers', which `generate_batch` and its server call, with pages that hold latents."""
+        manager = super().init_continuous_batching(*args, **kwargs)
+        if manager.batch_processor is None:
+            # The pages' sizes are read from the configuration, once.
+            config, self.config = self.config, page_sizes(self.config)
+            try:
+                manager.batch_processor = manager._create_batch_processor()
+            finally:
+                self.config = config
+        if "kwargs" not in inspect.signature(manager.batch_processor.cache.update).parameters:
+            raise ValueError(
+                f"continuous batching of transformers {transformers.__version__} fills its pages in another way than 5.23's; "
+                "install that or a newer one, or call generate."
+            )
+        return manager
 
     @can_return_tuple
     def forward(

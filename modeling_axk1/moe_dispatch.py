@@ -164,17 +164,21 @@ def backward_here(
     return here(kernels_backward, loop_backward, grad_TH, *inputs, need_gate_up, need_down)
 
 
-def sort_pairs(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[Rows]]:
+def sort_pairs(
+    expert_TK: Tensor, weight_TK: Tensor, experts: int
+) -> tuple[Tensor, Tensor, Tensor, list[Rows]]:
     """Sort token-expert pairs by expert, stably.
 
-    Returns pair_P (index into the flattened [T, K]), token_P, and the hit experts as (expert, start, end) of their rows.
+    Returns pair_P (index into the flattened [T, K]), token_P, routing weights weight_P1 in fp32 or wider, and the hit experts
+    as (expert, start, end) of their rows.
     """
     expert_P = expert_TK.reshape(-1)
     pair_P = expert_P.argsort(stable=True)
     ends = expert_P.bincount(minlength=experts)[:experts].cumsum(0).tolist()
     starts = [0, *ends[:-1]]
     hits = [(e, s, t) for e, (s, t) in enumerate(zip(starts, ends)) if t > s]
-    return pair_P, pair_P // expert_TK.shape[1], hits
+    weight_P1 = weight_TK.reshape(-1, 1)[pair_P].to(torch.promote_types(weight_TK.dtype, torch.float32))
+    return pair_P, pair_P // expert_TK.shape[1], weight_P1, hits
 
 
 def chunks(hits: list[Rows]) -> list[list[Rows]]:
@@ -208,8 +212,7 @@ def loop_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns the output [T, H] in x's dtype, summed in fp32, and the gate/up output [P, 2I] (no rows unless `keep`)."""
     (tokens, hidden), width = x_TH.shape, down_EHI.shape[2]
-    pair_P, token_P, hits = sort_pairs(expert_TK, gate_up_E2IH.shape[0])
-    weight_P1 = weight_TK.reshape(-1, 1)[pair_P].to(torch.promote_types(weight_TK.dtype, torch.float32))
+    pair_P, token_P, weight_P1, hits = sort_pairs(expert_TK, weight_TK, gate_up_E2IH.shape[0])
     gate_up_P2I = x_TH.new_empty(pair_P.numel() if keep else 0, 2 * width)
     out_TH = torch.zeros(tokens, hidden, dtype=torch.promote_types(x_TH.dtype, torch.float32), device=x_TH.device)
     for run in chunks(hits):
@@ -237,8 +240,7 @@ def loop_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, gate_up and down (the last two empty unless needed: frozen experts under LoRA cost nothing)."""
     width = down_EHI.shape[2]
-    pair_P, token_P, hits = sort_pairs(expert_TK, gate_up_E2IH.shape[0])
-    weight_P1 = weight_TK.reshape(-1, 1)[pair_P].to(torch.promote_types(weight_TK.dtype, torch.float32))
+    pair_P, token_P, weight_P1, hits = sort_pairs(expert_TK, weight_TK, gate_up_E2IH.shape[0])
     grad_x_TH = torch.zeros(x_TH.shape, dtype=torch.promote_types(x_TH.dtype, torch.float32), device=x_TH.device)
     grad_weight_P = torch.zeros(pair_P.numel(), dtype=weight_P1.dtype, device=x_TH.device)
     grad_gate_up = empty_with_zero_rows(gate_up_E2IH, hits) if need_gate_up else x_TH.new_empty(0)

@@ -95,8 +95,7 @@ def lora_forward(
     """Returns the output [T, H] in x's dtype, summed in fp32, and the gate/up output [P, 2I] (no rows unless `keep`)."""
     E, width = experts.num_experts, experts.intermediate_dim
     wide = torch.promote_types(x_TH.dtype, torch.float32)
-    pair_P, token_P, hits = sort_pairs(expert_TK, E)
-    weight_P1 = weight_TK.reshape(-1, 1)[pair_P].to(wide)
+    pair_P, token_P, weight_P1, hits = sort_pairs(expert_TK, weight_TK, E)
     (a1_ERH, b1_ER2I), (a2_ERI, b2_ERH) = by_expert(gate_up_A, gate_up_B, E), by_expert(down_A, down_B, E)
     gate_up_P2I = x_TH.new_empty(pair_P.numel() if keep else 0, 2 * width)
     out_TH = torch.zeros(x_TH.shape, dtype=wide, device=x_TH.device)
@@ -130,8 +129,7 @@ def lora_backward(
     """Gradients of x, weight, and the four factors; those of experts that no token visited are zero."""
     E, width = experts.num_experts, experts.intermediate_dim
     wide = torch.promote_types(x_TH.dtype, torch.float32)
-    pair_P, token_P, hits = sort_pairs(expert_TK, E)
-    weight_P1 = weight_TK.reshape(-1, 1)[pair_P].to(wide)
+    pair_P, token_P, weight_P1, hits = sort_pairs(expert_TK, weight_TK, E)
     (a1_ERH, b1_ER2I), (a2_ERI, b2_ERH) = by_expert(gate_up_A, gate_up_B, E), by_expert(down_A, down_B, E)
     grads = [torch.zeros_like(factor) for factor in (gate_up_A, gate_up_B, down_A, down_B)]
     (grad_a1_ERH, grad_b1_ER2I), (grad_a2_ERI, grad_b2_ERH) = by_expert(*grads[:2], E), by_expert(*grads[2:], E)

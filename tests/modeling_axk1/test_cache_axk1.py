@@ -1,12 +1,18 @@
 """Does the growing cache hold what the concatenating one holds, without copying it?"""
 
 import copy
+from unittest import mock
 
+import pytest
 import torch
-from transformers import DynamicCache
+import transformers
+from packaging import version
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.generation import ContinuousBatchingConfig
 
 from modeling_axk1.cache_axk1 import GrowingLayer, grow_in_place
+from modeling_axk1.modeling_axk1 import AxK1Attention
 from tests.random_models import ours, padded_ids, random_config
 
 
@@ -108,3 +114,54 @@ def test_the_model_makes_empty_plain_layers_grow_and_leaves_the_rest():
     cache.layers[0] = filled
     grow_in_place(cache)
     assert cache.layers[0] is filled
+
+
+# Pages: transformers' continuous batching, under which stock's `axk1` fails.
+PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9], [10] * 20, [1, 2, 3, 4, 5]]
+
+
+def batched(model, **options) -> list[list[int]]:
+    """What `generate_batch` answers to PROMPTS; a page is 4 tokens, and 16 tokens a step cut the longest prompt in two."""
+    settings = ContinuousBatchingConfig(page_size=4, num_blocks=40, max_batch_tokens=16)
+    generation = GenerationConfig(max_new_tokens=6, eos_token_id=-1, **options)
+    outputs = model.generate_batch(PROMPTS, generation_config=generation, continuous_batching_config=settings)
+    errors = [output.error for output in outputs.values() if output.error]
+    assert not errors, errors
+    return [output.generated_tokens for output in outputs.values()]
+
+
+def alone(model, prompt: list[int]) -> list[int]:
+    return model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
+
+
+continuous_batching = pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"), reason="transformers older than 5.23"
+)
+
+
+@continuous_batching
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_continuous_batching_answers_each_prompt_as_if_it_were_alone(implementation):
+    # 23 numbers a token, cut in two halves of 12
+    model = ours(random_config(8, kv_lora_rank=15, qk_rope_head_dim=8))
+    model.set_attn_implementation(implementation)
+    expected = [alone(model, prompt) for prompt in PROMPTS]
+    attend_absorbed = AxK1Attention.attend_absorbed
+    with mock.patch.object(AxK1Attention, "attend_absorbed", autospec=True, side_effect=attend_absorbed) as used:
+        assert batched(model) == expected
+    assert used.called, "vacuous: no step was absorbed"
+    assert model.config._attn_implementation == implementation
+    # Two of each, which share the pages of their prompt.
+    assert batched(model, num_return_sequences=2, do_sample=True, top_k=1) == [answer for answer in expected for _ in range(2)]
+
+
+@continuous_batching
+def test_pages_hold_latents_and_nothing_else():
+    model = ours(random_config(7))
+    manager = model.init_continuous_batching(
+        GenerationConfig(eos_token_id=-1), ContinuousBatchingConfig(page_size=4, num_blocks=40, max_batch_tokens=16)
+    )
+    cached = manager.batch_processor.cache
+    numbers_a_token = cached.cache_tensor.numel() / 4 / (cached.num_blocks + 2) / 4 / model.config.num_hidden_layers
+    assert numbers_a_token == pytest.approx(model.config.kv_lora_rank + model.config.qk_rope_head_dim, rel=0.1)
+    assert model.config.head_dim == model.config.qk_rope_head_dim, "the model's own configuration stays"

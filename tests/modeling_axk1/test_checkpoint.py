@@ -136,9 +136,10 @@ def test_disk_offload_gives_the_same_logits(tmp_path):
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
-def test_bare_load_state_dict_reads_the_disk_layout(shard_size, tmp_path):
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_bare_load_state_dict_reads_the_disk_layout(shard_size, tied, tmp_path):
     """In one file, and shard by shard with the experts of a layer spread over shards, as Trainer does."""
-    model = ours(random_config(2))
+    model = ours(random_config(2, tie_word_embeddings=tied))
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
     fresh = AxK1ForCausalLM(model.config)
     assert not same_weights(model, fresh)

@@ -363,6 +363,8 @@ ERRORS = {
     "answer begun": (HEADER + "Y", {}, "has begun"),
     "modes too few": (HEADER, {"enable_thinking": [True, False]}, "2 entries for 1 rows"),
     "modes not bool": (HEADER, {"enable_thinking": ["yes"]}, "something else than True and False"),
+    "mode a number": (HEADER, {"enable_thinking": 1}, "enable_thinking=1 is no mode"),
+    "mode a word": (HEADER, {"enable_thinking": "yes"}, "'yes' is no mode"),
     "budget negative": (HEADER, {"thinking_budget": -1}, "thinking_budget=-1"),
     "budget in list negative": (HEADER, {"thinking_budget": [-1]}, "not a number of tokens"),
     "budget not whole": (HEADER, {"thinking_budget": 2.5}, "not a number of tokens"),
