@@ -8,7 +8,6 @@ import io
 import json
 import pickle
 import re
-import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -28,12 +26,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.serialization import skip_data
 
-from conversion.checkpoint import HashedFile, OutFile, bytes_of, deal
+from conversion.checkpoint import HashedFile, OutFile, deal, file_block_bytes
 from conversion.megatron import LAYER, MegatronSource, arguments_in, drop_state
-from conversion.ops import Mosaic, Tile, blocks, cat, narrow, unstack
+from conversion.ops import Mosaic, Tile, cat, filled, narrow, unstack
 from conversion.torch_file import MAX_DIMENSIONS, Inert, is_size, numbers_in, open_pickle, open_torch_file, shown
+from conversion.torch_writer import Frame, frame_of
 from conversion.weight_map import Row, local_name, modules_with_state, te_name
 from modeling_axk1.configuration_axk1 import AxK1Config
 
@@ -236,8 +234,9 @@ class DistFiles:
     def files(self) -> list[OutFile]:
         """The .distcp files; `finish` writes what lies beside them."""
         state = [torch.empty(0, dtype=torch.uint8) if self.transformer_engine else None]
+        write = partial(write_chunks, state=state, block_bytes=file_block_bytes(self.tensors.values()))
         return [
-            OutFile(name, sum(chunk.nbytes for chunk in chunks), partial(write_chunks, chunks=chunks, state=state))
+            OutFile(name, sum(chunk.nbytes for chunk in chunks), partial(write, chunks=chunks))
             for name, chunks in self._groups().items()
         ]
 
@@ -303,13 +302,18 @@ class DistFiles:
 
 
 def write_chunks(
-    path: Path, tick: Callable[[Tensor], None], *, chunks: list[Chunk], state: list[Tensor | None]
+    path: Path,
+    tick: Callable[[Tensor], None],
+    *,
+    chunks: list[Chunk],
+    state: list[Tensor | None],
+    block_bytes: int,
 ) -> dict[str, Any]:
     """Write one .distcp file, each chunk what torch.save makes of it; returns its sha256 and where each chunk lies."""
-    frames: dict[tuple[torch.dtype, tuple[int, ...]], tuple[bytes, bytes]] = {}
+    frames: dict[tuple[torch.dtype, tuple[int, ...]], Frame] = {}
     state_bytes = _saved(state)
     places = []
-    with HashedFile(path) as file:
+    with HashedFile(path, block_bytes) as file:
         for chunk in chunks:
             start = file.tell()
             if chunk.tensor is None:
@@ -317,13 +321,8 @@ def write_chunks(
             else:
                 kind = chunk.tensor.dtype, chunk.sizes
                 if kind not in frames:
-                    frames[kind] = _frame(*kind)
-                head, tail = frames[kind]
-                file.write(head)
-                for block in blocks(chunk.tensor):
-                    file.write(bytes_of(block))
-                    tick(block)
-                file.write(tail)
+                    frames[kind], _ = frame_of(filled(*kind, 0))
+                frames[kind].write(file, [chunk.tensor], tick)
             places.append([start, file.tell() - start])
     return {"sha256": file.digest.hexdigest(), "places": places}
 
@@ -332,18 +331,3 @@ def _saved(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
-
-
-def _frame(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """What torch.save writes before and behind a tensor's numbers. They go in between as they come, held and copied by nobody."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "frame"
-        # A sparse file: the numbers are left out.
-        with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
-            torch.save(torch.empty(sizes, dtype=dtype), path)
-        tensor = open_torch_file(path)
-        start = tensor.tiles[0].start
-        with path.open("rb") as file:
-            head = file.read(start)
-            file.seek(start + tensor.nbytes)
-            return head, file.read()
