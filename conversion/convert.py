@@ -526,8 +526,12 @@ def _arguments(
     uneven: tuple[int | None, int | None],
 ) -> Namespace:
     vocab, dtype = opened.config.vocab_size, opened.tensors[EMBEDDING].dtype
+    arguments = arguments_from_config(opened.config)
+    if opened.args.get("moe_layer_freq") == 1:
+        # As its run has it: Megatron looks for the layers of a torch_dist checkpoint by the form of this argument.
+        arguments["moe_layer_freq"] = 1
     return Namespace(
-        **arguments_from_config(opened.config),
+        **arguments,
         make_vocab_size_divisible_by=divisor,
         padded_vocab_size=vocab + -vocab % (divisor * layout.tp),
         tensor_model_parallel_size=layout.tp,

@@ -43,6 +43,7 @@ STACKED_LAYERS = re.compile(r"(decoder\.layers\.)([a-z_]\w*\..+)")
 STACKED_EXPERTS = re.compile(r"(.+\.mlp\.experts\.)experts\.(linear_fc[12]\.weight)")
 SINGLE_EXPERT = re.compile(r"(.+\.mlp\.experts\.)experts\.(\d+)\.(linear_fc[12]\.weight)")
 LOCAL_EXPERT = re.compile(r"(.+\.mlp\.experts\.)local_experts\.(\d+)\.(linear_fc[12]\.weight)")
+STATE_SHARD = re.compile(r"(.+\._extra_state)/shard_(\d+)_(\d+)")
 HALF = re.compile(r"(.+\.weight)_([wv])")
 # A chunk is what torch's own reader has to hold.
 CHUNK_BYTES = 2**26
@@ -210,13 +211,26 @@ class Chunk:
     """One piece of a stored tensor, or (without `tensor`) an object that is no tensor."""
 
     key: str
-    offsets: tuple[int, ...] | None
-    sizes: tuple[int, ...]
-    tensor: Mosaic | None
+    tensor: Mosaic | None = None
+    offsets: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] = ()
+    whole: tuple[int, ...] = ()  # the shape that the chunk is part of
 
     @property
     def nbytes(self) -> int:
         return self.tensor.nbytes if self.tensor else 0
+
+    def in_stack(self, layers: int) -> "Chunk":
+        """The same where the decoder's layers are one tensor with a first axis of their own."""
+        found = LAYER.fullmatch(self.key)
+        if not found:
+            return self
+        layer, key = int(found[1]), f"decoder.layers.{found[2]}"
+        if self.tensor is not None:
+            return Chunk(key, self.tensor, (layer, *self.offsets), (1, *self.sizes), (layers, *self.whole))
+        module, expert, experts = STATE_SHARD.fullmatch(key).groups()
+        axes = (f"{layer}.{expert}", f"{layers}.{experts}") if ".experts.experts." in key else (layer, layers)
+        return Chunk(f"{module}/shard_{axes[0]}_{axes[1]}")
 
 
 @dataclass
@@ -241,7 +255,11 @@ class DistFiles:
         ]
 
     def _groups(self) -> dict[str, list[Chunk]]:
-        return {f"__0_{i}.distcp": group for i, group in enumerate(deal(self._chunks(), self.shard_bytes))}
+        chunks = self._chunks()
+        # Megatron asks for one tensor over all layers where its argument is a number, for numbered layers where it is a list.
+        if type(self.args.moe_layer_freq) is int:
+            chunks = (chunk.in_stack(self.config.num_hidden_layers) for chunk in chunks)
+        return {f"__0_{i}.distcp": group for i, group in enumerate(deal(chunks, self.shard_bytes))}
 
     def _chunks(self) -> Iterator[Chunk]:
         experts = self.config.n_routed_experts
@@ -251,17 +269,17 @@ class DistFiles:
             if found := LOCAL_EXPERT.fullmatch(name):
                 expert = int(found[2])
                 key = f"{found[1]}experts.{found[3]}"
-                yield Chunk(key, (expert, 0, 0), (1, *tensor.shape), tensor)
-                yield Chunk(f"{key.removesuffix('weight')}_extra_state/shard_{expert}_{experts}", None, (), None)
+                yield Chunk(key, tensor, (expert, 0, 0), (1, *tensor.shape), (experts, *tensor.shape))
+                yield Chunk(f"{key.removesuffix('weight')}_extra_state/shard_{expert}_{experts}")
                 continue
             key = te_name(name, self._is_dense(name)) if self.transformer_engine else name
             names.append(key)
             rows = max(1, CHUNK_BYTES // (tensor.nbytes // tensor.shape[0]))
             for start in range(0, tensor.shape[0], rows):
                 part = narrow(tensor, 0, start, min(rows, tensor.shape[0] - start))
-                yield Chunk(key, (start, *(0,) * (len(part.shape) - 1)), part.shape, part)
+                yield Chunk(key, part, (start, *(0,) * (len(part.shape) - 1)), part.shape, tensor.shape)
         for module in modules_with_state(names, self.transformer_engine):
-            yield Chunk(f"{module}._extra_state/shard_0_1", None, (), None)
+            yield Chunk(f"{module}._extra_state/shard_0_1")
 
     def _is_dense(self, name: str) -> bool:
         found = LAYER.fullmatch(name)
@@ -278,7 +296,9 @@ class DistFiles:
                 if offset is None:
                     entries[chunk.key] = BytesStorageMetadata()
                     continue
-                entry = entries.setdefault(chunk.key, self._entry(chunk))
+                properties = TensorProperties(dtype=chunk.tensor.dtype)
+                empty = TensorStorageMetadata(properties, torch.Size(chunk.whole), [])
+                entry = entries.setdefault(chunk.key, empty)
                 entry.chunks.append(ChunkStorageMetadata(offset, torch.Size(chunk.sizes)))
         with (folder / ".metadata").open("wb") as file:
             pickle.dump(Metadata(entries, storage_data=places), file)
@@ -290,15 +310,6 @@ class DistFiles:
         torch.save(
             {**common, "num_floating_point_operations_so_far": 0, "content_metadata": content}, folder / "common.pt"
         )
-
-    def _entry(self, chunk: Chunk) -> TensorStorageMetadata:
-        """The whole tensor that the chunk is part of: experts lie in one."""
-        if ".experts.experts." in chunk.key:
-            shape = (self.config.n_routed_experts, *chunk.sizes[1:])
-        else:
-            local = local_name(chunk.key)
-            shape = self.tensors[local].shape
-        return TensorStorageMetadata(TensorProperties(dtype=chunk.tensor.dtype), torch.Size(shape), [])
 
 
 def write_chunks(
