@@ -258,9 +258,18 @@ def plan_shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> list[Shard]:
     return [Shard(f"model-{i:05d}-of-{len(ordered):05d}.safetensors", group) for i, group in enumerate(ordered, 1)]
 
 
-# Handed to the hash and the disk at a time, and how many of them a file has: one is filled, one hashed, one written.
-FILE_BLOCK_BYTES, FILE_BLOCKS = 2**22, 3
-FILE_MEMORY_BYTES = FILE_BLOCKS * FILE_BLOCK_BYTES
+# Handed to the hash and the disk at a time, at least and at most, and how many of them a file has: one is filled, one hashed,
+# one written.
+MIN_BLOCK_BYTES, FILE_BLOCK_BYTES, FILE_BLOCKS = 2**16, 2**22, 3
+
+
+def file_block_bytes(tensors: Iterable) -> int:
+    """The size of a file's blocks, of a checkpoint's tensors (with `nbytes`): an eighth of the largest one, within bounds.
+
+    Four files at a time then hold one and a half of it, whatever its size.
+    """
+    eighth = max((tensor.nbytes for tensor in tensors), default=0) // 8
+    return max(MIN_BLOCK_BYTES, min(FILE_BLOCK_BYTES, eighth // MIN_BLOCK_BYTES * MIN_BLOCK_BYTES))
 
 
 class HashedFile:
@@ -271,13 +280,15 @@ class HashedFile:
     OSError of a write says which file, and that nothing is lost. `digest` is whole once the file is closed.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.digest, self._written, self._filled = path, hashlib.sha256(), 0, 0
+    def __init__(self, path: Path, block_bytes: int = FILE_BLOCK_BYTES):
+        self.path, self.block_bytes = path, block_bytes
+        self.digest, self._written, self._filled = hashlib.sha256(), 0, 0
 
     def __enter__(self) -> "HashedFile":
         self._descriptor = open_uncached(self.path)
-        # Anonymous maps begin at a page, as O_DIRECT wants it.
-        self._blocks = deque(mmap.mmap(-1, FILE_BLOCK_BYTES) for _ in range(FILE_BLOCKS))
+        # Anonymous maps begin at a page, as O_DIRECT wants it; private ones are counted as what they are, this process's memory.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._blocks = deque(mmap.mmap(-1, self.block_bytes, flags=flags) for _ in range(FILE_BLOCKS))
         self._underway: deque[tuple[Future, Future]] = deque()
         self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         return self
@@ -285,10 +296,10 @@ class HashedFile:
     def write(self, piece: bytes | memoryview) -> None:
         piece = memoryview(piece)
         while len(piece):
-            count = min(len(piece), FILE_BLOCK_BYTES - self._filled)
+            count = min(len(piece), self.block_bytes - self._filled)
             self._blocks[0][self._filled : self._filled + count] = piece[:count]
             piece, self._filled = piece[count:], self._filled + count
-            if self._filled == FILE_BLOCK_BYTES:
+            if self._filled == self.block_bytes:
                 self._hand_over()
 
     def tell(self) -> int:
@@ -348,12 +359,17 @@ def open_uncached(path: Path) -> int:
     return os.open(path, flags, 0o666)
 
 
-def write_shard(path: Path, shard: Shard, blocks: Callable[[TensorSpec], Iterator[Tensor]]) -> str:
+def write_shard(
+    path: Path,
+    shard: Shard,
+    blocks: Callable[[TensorSpec], Iterator[Tensor]],
+    block_bytes: int = FILE_BLOCK_BYTES,
+) -> str:
     """Write one safetensors file, header first, then each tensor's flat `blocks` as they come; return its sha256.
 
-    Nothing is held but the block at hand.
+    Nothing is held but the block at hand and what is under way to the disk.
     """
-    with HashedFile(path) as file:
+    with HashedFile(path, block_bytes) as file:
         for piece in _pieces(shard, blocks):
             file.write(piece)
     return file.digest.hexdigest()
@@ -513,7 +529,9 @@ class OutFile:
     write: Callable[[Path, Callable[[Tensor], None]], Mapping]
 
 
-def shard_file(shard: Shard, blocks: Callable[[TensorSpec], Iterator[Tensor]]) -> OutFile:
+def shard_file(
+    shard: Shard, blocks: Callable[[TensorSpec], Iterator[Tensor]], block_bytes: int = FILE_BLOCK_BYTES
+) -> OutFile:
     """The output file of a shard whose tensors come as flat `blocks`."""
 
     def write(path: Path, tick: Callable[[Tensor], None]) -> Mapping:
@@ -522,7 +540,7 @@ def shard_file(shard: Shard, blocks: Callable[[TensorSpec], Iterator[Tensor]]) -
                 yield block
                 tick(block)
 
-        return {"sha256": write_shard(path, shard, ticked)}
+        return {"sha256": write_shard(path, shard, ticked, block_bytes)}
 
     return OutFile(shard.filename, shard.nbytes, write)
 

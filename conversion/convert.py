@@ -21,13 +21,14 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from conversion.checkpoint import (
-    FILE_MEMORY_BYTES,
+    FILE_BLOCKS,
     INDEX_NAME,
     Job,
     OutFile,
     Shard,
     TensorSpec,
     bytes_of,
+    file_block_bytes,
     identity,
     listed,
     open_checkpoint,
@@ -272,7 +273,8 @@ class Conversion:
         tensors = self.opened.tensors.values()
         largest = max([BLOCK_BYTES, *(tensor.nbytes for tensor in tensors if is_transposed(tensor))])
         rate, nbytes = _measured_rate(self.opened), sum(file.nbytes for file in self.files)
-        memory_bytes = workers * (2 * largest + FILE_MEMORY_BYTES) + BYTES_A_TENSOR * len(self.opened.tensors)
+        ring = FILE_BLOCKS * file_block_bytes(tensors)
+        memory_bytes = workers * (2 * largest + ring) + BYTES_A_TENSOR * len(self.opened.tensors)
         return Plan([(file.name, file.nbytes) for file in self.files], memory_bytes, nbytes / rate / workers, rate)
 
     def run(
@@ -400,7 +402,8 @@ def to_hf(
     """Plan a folder that `from_pretrained` loads, ours and stock transformers' alike, of a checkpoint of any format."""
     opened = open_any(source, reading)
     shards = _hf_shards(opened, shard_bytes)
-    files = [shard_file(shard, lambda spec: blocks(opened.tensors[spec.name])) for shard in shards]
+    block_bytes = file_block_bytes(opened.tensors.values())
+    files = [shard_file(shard, lambda spec: blocks(opened.tensors[spec.name]), block_bytes) for shard in shards]
 
     # Now, so that a tokenizer that cannot be read is known before hours of writing.
     tokenizer_dir = reading.tokenizer or (opened.folder if opened.kind == "hf" else None)
@@ -523,8 +526,12 @@ def _arguments(
     uneven: tuple[int | None, int | None],
 ) -> Namespace:
     vocab, dtype = opened.config.vocab_size, opened.tensors[EMBEDDING].dtype
+    arguments = arguments_from_config(opened.config)
+    if opened.args.get("moe_layer_freq") == 1:
+        # As its run has it: Megatron looks for the layers of a torch_dist checkpoint by the form of this argument.
+        arguments["moe_layer_freq"] = 1
     return Namespace(
-        **arguments_from_config(opened.config),
+        **arguments,
         make_vocab_size_divisible_by=divisor,
         padded_vocab_size=vocab + -vocab % (divisor * layout.tp),
         tensor_model_parallel_size=layout.tp,

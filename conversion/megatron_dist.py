@@ -8,7 +8,6 @@ import io
 import json
 import pickle
 import re
-import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -28,12 +26,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.serialization import skip_data
 
-from conversion.checkpoint import HashedFile, OutFile, bytes_of, deal
+from conversion.checkpoint import HashedFile, OutFile, deal, file_block_bytes
 from conversion.megatron import LAYER, MegatronSource, arguments_in, drop_state
-from conversion.ops import Mosaic, Tile, blocks, cat, narrow, unstack
+from conversion.ops import Mosaic, Tile, cat, filled, narrow, unstack
 from conversion.torch_file import MAX_DIMENSIONS, Inert, is_size, numbers_in, open_pickle, open_torch_file, shown
+from conversion.torch_writer import Frame, frame_of
 from conversion.weight_map import Row, local_name, modules_with_state, te_name
 from modeling_axk1.configuration_axk1 import AxK1Config
 
@@ -45,6 +43,7 @@ STACKED_LAYERS = re.compile(r"(decoder\.layers\.)([a-z_]\w*\..+)")
 STACKED_EXPERTS = re.compile(r"(.+\.mlp\.experts\.)experts\.(linear_fc[12]\.weight)")
 SINGLE_EXPERT = re.compile(r"(.+\.mlp\.experts\.)experts\.(\d+)\.(linear_fc[12]\.weight)")
 LOCAL_EXPERT = re.compile(r"(.+\.mlp\.experts\.)local_experts\.(\d+)\.(linear_fc[12]\.weight)")
+STATE_SHARD = re.compile(r"(.+\._extra_state)/shard_(\d+)_(\d+)")
 HALF = re.compile(r"(.+\.weight)_([wv])")
 # A chunk is what torch's own reader has to hold.
 CHUNK_BYTES = 2**26
@@ -212,13 +211,26 @@ class Chunk:
     """One piece of a stored tensor, or (without `tensor`) an object that is no tensor."""
 
     key: str
-    offsets: tuple[int, ...] | None
-    sizes: tuple[int, ...]
-    tensor: Mosaic | None
+    tensor: Mosaic | None = None
+    offsets: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] = ()
+    whole: tuple[int, ...] = ()  # the shape that the chunk is part of
 
     @property
     def nbytes(self) -> int:
         return self.tensor.nbytes if self.tensor else 0
+
+    def in_stack(self, layers: int) -> "Chunk":
+        """The same where the decoder's layers are one tensor with a first axis of their own."""
+        found = LAYER.fullmatch(self.key)
+        if not found:
+            return self
+        layer, key = int(found[1]), f"decoder.layers.{found[2]}"
+        if self.tensor is not None:
+            return Chunk(key, self.tensor, (layer, *self.offsets), (1, *self.sizes), (layers, *self.whole))
+        module, expert, experts = STATE_SHARD.fullmatch(key).groups()
+        axes = (f"{layer}.{expert}", f"{layers}.{experts}") if ".experts.experts." in key else (layer, layers)
+        return Chunk(f"{module}/shard_{axes[0]}_{axes[1]}")
 
 
 @dataclass
@@ -236,13 +248,18 @@ class DistFiles:
     def files(self) -> list[OutFile]:
         """The .distcp files; `finish` writes what lies beside them."""
         state = [torch.empty(0, dtype=torch.uint8) if self.transformer_engine else None]
+        write = partial(write_chunks, state=state, block_bytes=file_block_bytes(self.tensors.values()))
         return [
-            OutFile(name, sum(chunk.nbytes for chunk in chunks), partial(write_chunks, chunks=chunks, state=state))
+            OutFile(name, sum(chunk.nbytes for chunk in chunks), partial(write, chunks=chunks))
             for name, chunks in self._groups().items()
         ]
 
     def _groups(self) -> dict[str, list[Chunk]]:
-        return {f"__0_{i}.distcp": group for i, group in enumerate(deal(self._chunks(), self.shard_bytes))}
+        chunks = self._chunks()
+        # Megatron asks for one tensor over all layers where its argument is a number, for numbered layers where it is a list.
+        if type(self.args.moe_layer_freq) is int:
+            chunks = (chunk.in_stack(self.config.num_hidden_layers) for chunk in chunks)
+        return {f"__0_{i}.distcp": group for i, group in enumerate(deal(chunks, self.shard_bytes))}
 
     def _chunks(self) -> Iterator[Chunk]:
         experts = self.config.n_routed_experts
@@ -252,17 +269,17 @@ class DistFiles:
             if found := LOCAL_EXPERT.fullmatch(name):
                 expert = int(found[2])
                 key = f"{found[1]}experts.{found[3]}"
-                yield Chunk(key, (expert, 0, 0), (1, *tensor.shape), tensor)
-                yield Chunk(f"{key.removesuffix('weight')}_extra_state/shard_{expert}_{experts}", None, (), None)
+                yield Chunk(key, tensor, (expert, 0, 0), (1, *tensor.shape), (experts, *tensor.shape))
+                yield Chunk(f"{key.removesuffix('weight')}_extra_state/shard_{expert}_{experts}")
                 continue
             key = te_name(name, self._is_dense(name)) if self.transformer_engine else name
             names.append(key)
             rows = max(1, CHUNK_BYTES // (tensor.nbytes // tensor.shape[0]))
             for start in range(0, tensor.shape[0], rows):
                 part = narrow(tensor, 0, start, min(rows, tensor.shape[0] - start))
-                yield Chunk(key, (start, *(0,) * (len(part.shape) - 1)), part.shape, part)
+                yield Chunk(key, part, (start, *(0,) * (len(part.shape) - 1)), part.shape, tensor.shape)
         for module in modules_with_state(names, self.transformer_engine):
-            yield Chunk(f"{module}._extra_state/shard_0_1", None, (), None)
+            yield Chunk(f"{module}._extra_state/shard_0_1")
 
     def _is_dense(self, name: str) -> bool:
         found = LAYER.fullmatch(name)
@@ -279,7 +296,9 @@ class DistFiles:
                 if offset is None:
                     entries[chunk.key] = BytesStorageMetadata()
                     continue
-                entry = entries.setdefault(chunk.key, self._entry(chunk))
+                properties = TensorProperties(dtype=chunk.tensor.dtype)
+                empty = TensorStorageMetadata(properties, torch.Size(chunk.whole), [])
+                entry = entries.setdefault(chunk.key, empty)
                 entry.chunks.append(ChunkStorageMetadata(offset, torch.Size(chunk.sizes)))
         with (folder / ".metadata").open("wb") as file:
             pickle.dump(Metadata(entries, storage_data=places), file)
@@ -292,24 +311,20 @@ class DistFiles:
             {**common, "num_floating_point_operations_so_far": 0, "content_metadata": content}, folder / "common.pt"
         )
 
-    def _entry(self, chunk: Chunk) -> TensorStorageMetadata:
-        """The whole tensor that the chunk is part of: experts lie in one."""
-        if ".experts.experts." in chunk.key:
-            shape = (self.config.n_routed_experts, *chunk.sizes[1:])
-        else:
-            local = local_name(chunk.key)
-            shape = self.tensors[local].shape
-        return TensorStorageMetadata(TensorProperties(dtype=chunk.tensor.dtype), torch.Size(shape), [])
-
 
 def write_chunks(
-    path: Path, tick: Callable[[Tensor], None], *, chunks: list[Chunk], state: list[Tensor | None]
+    path: Path,
+    tick: Callable[[Tensor], None],
+    *,
+    chunks: list[Chunk],
+    state: list[Tensor | None],
+    block_bytes: int,
 ) -> dict[str, Any]:
     """Write one .distcp file, each chunk what torch.save makes of it; returns its sha256 and where each chunk lies."""
-    frames: dict[tuple[torch.dtype, tuple[int, ...]], tuple[bytes, bytes]] = {}
+    frames: dict[tuple[torch.dtype, tuple[int, ...]], Frame] = {}
     state_bytes = _saved(state)
     places = []
-    with HashedFile(path) as file:
+    with HashedFile(path, block_bytes) as file:
         for chunk in chunks:
             start = file.tell()
             if chunk.tensor is None:
@@ -317,13 +332,8 @@ def write_chunks(
             else:
                 kind = chunk.tensor.dtype, chunk.sizes
                 if kind not in frames:
-                    frames[kind] = _frame(*kind)
-                head, tail = frames[kind]
-                file.write(head)
-                for block in blocks(chunk.tensor):
-                    file.write(bytes_of(block))
-                    tick(block)
-                file.write(tail)
+                    frames[kind], _ = frame_of(filled(*kind, 0))
+                frames[kind].write(file, [chunk.tensor], tick)
             places.append([start, file.tell() - start])
     return {"sha256": file.digest.hexdigest(), "places": places}
 
@@ -332,18 +342,3 @@ def _saved(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
-
-
-def _frame(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """What torch.save writes before and behind a tensor's numbers. They go in between as they come, held and copied by nobody."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "frame"
-        # A sparse file: the numbers are left out.
-        with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
-            torch.save(torch.empty(sizes, dtype=dtype), path)
-        tensor = open_torch_file(path)
-        start = tensor.tiles[0].start
-        with path.open("rb") as file:
-            head = file.read(start)
-            file.seek(start + tensor.nbytes)
-            return head, file.read()

@@ -4,10 +4,7 @@ Layers are counted from 0 in every pipeline chunk, experts from 0 on every exper
 TP x PP x EP: a rank file holds one attention shard and one set of experts, and only as many exist as either needs.
 """
 
-import errno
-import os
 import re
-import tempfile
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -18,14 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.serialization import skip_data
 
-from conversion.checkpoint import HashedFile, OutFile, bytes_of, listed
+from conversion.checkpoint import HashedFile, OutFile, file_block_bytes, listed
 from conversion.config_map import DESCRIBING
 from conversion.megatron import MegatronSource, arguments_in, drop_state, listed_ranks
-from conversion.ops import Mosaic, blocks, filled, narrow, reshape, swap, unstack
+from conversion.ops import Mosaic, filled, narrow, reshape, swap, unstack
 from conversion.torch_file import Inert, numbers_in, open_torch_file
+from conversion.torch_writer import frame_of
 from conversion.weight_map import Row, local_name, modules_with_state, shards_of, te_name
 from modeling_axk1.configuration_axk1 import AxK1Config
 
@@ -341,6 +337,7 @@ class RankFiles:
 
     def files(self) -> list[OutFile]:
         shards = {row.megatron: self._shards(row) for row in self.rows}
+        block_bytes = file_block_bytes(self.tensors.values())
         files = []
         for stage in range(self.layout.pp):
             for tp, ep in self.layout.ranks():
@@ -350,7 +347,8 @@ class RankFiles:
                 }
                 nbytes = sum(m.nbytes for model in models.values() for m in model.values() if isinstance(m, Mosaic))
                 name = f"{self.layout.folder(tp, stage, ep)}/{FILENAMES[0]}"
-                files.append(OutFile(name, nbytes, partial(write_rank_file, models=models, head=self._head())))
+                write = partial(write_rank_file, models=models, head=self._head(), block_bytes=block_bytes)
+                files.append(OutFile(name, nbytes, write))
         return files
 
     def _head(self) -> dict[str, Any]:
@@ -400,46 +398,15 @@ class RankFiles:
 
 
 def write_rank_file(
-    path: Path, tick: Callable[[Tensor], None], *, models: dict[str, dict[str, Mosaic | None]], head: dict[str, Any]
+    path: Path,
+    tick: Callable[[Tensor], None],
+    *,
+    models: dict[str, dict[str, Mosaic | None]],
+    head: dict[str, Any],
+    block_bytes: int,
 ) -> dict[str, Any]:
-    """Write one rank file: what torch.save makes of it without its numbers, and those in between as they come.
-
-    The archive's CRCs stay those of the empty records: torch does not read them, `unzip -t` complains.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        frame = Path(folder) / "frame"
-        _save_hollow(frame, models, head)
-        saved = open_torch_file(frame)
-        places = sorted(
-            (saved[key][name].tiles[0].start, key, name)
-            for key, model in models.items()
-            for name, value in model.items()
-            if value is not None and value.elements
-        )
-        with frame.open("rb") as hollow, HashedFile(path) as file:
-            for start, key, name in places:
-                file.write(hollow.read(start - hollow.tell()))
-                for block in blocks(models[key][name]):
-                    file.write(bytes_of(block))
-                    tick(block)
-                hollow.seek(models[key][name].nbytes, os.SEEK_CUR)
-            file.write(hollow.read())
+    """Write one rank file: what torch.save makes of it, the numbers as they come."""
+    frame, tensors = frame_of({**head, **{key: OrderedDict(model) for key, model in models.items()}})
+    with HashedFile(path, block_bytes) as file:
+        frame.write(file, tensors, tick)
     return {"sha256": file.digest.hexdigest()}
-
-
-def _save_hollow(path: Path, models: dict[str, dict[str, Mosaic | None]], head: dict[str, Any]) -> None:
-    """A sparse file of torch.save in which the numbers of all tensors are left out."""
-    with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
-        hollow = {
-            key: OrderedDict(
-                (name, None if value is None else torch.empty(value.shape, dtype=value.dtype))
-                for name, value in model.items()
-            )
-            for key, model in models.items()
-        }
-        try:
-            torch.save({**head, **hollow}, path)
-        except RuntimeError as error:
-            # Torch's writer has no other name for a disk that is full.
-            reason = f"torch could not write it ({error}); mend this and run the same again"
-            raise OSError(errno.EIO, reason, str(path)) from error

@@ -16,6 +16,7 @@ from conversion.checkpoint import (
     Job,
     Shard,
     StoredTensor,
+    file_block_bytes,
     identity,
     listed,
     open_checkpoint,
@@ -218,7 +219,8 @@ def _write_shards(job: Job, shards: list[Shard], nonthinking: dict, alpha: float
     def blocks(tensor: StoredTensor) -> Iterator[Tensor]:
         return merge_blocks(tensor, nonthinking[tensor.name], alpha)
 
-    files = [shard_file(shard, blocks) for shard in shards]
+    block_bytes = file_block_bytes(tensor for shard in shards for tensor in shard.tensors)
+    files = [shard_file(shard, blocks, block_bytes) for shard in shards]
     write_files(job, files, workers=1, progress=progress, label=f"merge {alpha:g}")
 
 

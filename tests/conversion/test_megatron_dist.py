@@ -317,6 +317,16 @@ def test_stacked_layers_and_single_experts(tmp_path):
         for i in reversed(layers):
             original = original.replace(f"layers.{i - 1}.", f"layers.{i}.") if f"layers.{i - 1}." in name else original
         assert torch.equal(read(tensor), read(truth.tensors[original])), name
+    # Whoever trains with the number 1 has the layers stacked again; loaded by torch itself.
+    convert_to_megatron(out, tmp_path / "again", progress=False)
+    again = torchs_own(tmp_path / "again" / "release")
+    assert again.keys() == state.keys() and sum(name.startswith("decoder.layers.") for name in state) > 10
+    assert all(torch.equal(again[name], state[name]) for name in state if name.startswith("decoder."))
+    names = FileSystemReader(tmp_path / "again" / "release").read_metadata().state_dict_metadata.keys() - state.keys()
+    of_experts = {f"shard_{layer}.{expert}_3.8" for layer in range(3) for expert in range(8)}
+    assert {name.partition("/")[2] for name in names if ".experts." in name} == of_experts
+    assert {name.partition("/")[2] for name in names if ".linear_proj." in name} == {f"shard_{i}_3" for i in range(3)}
+    assert verify(out, tmp_path / "again", progress=False) == []
 
 
 def test_gate_and_up_as_two_tensors(tmp_path):
