@@ -1,7 +1,11 @@
 """Which tokens does A.X K1 read: byte-level BPE training, the special tokens, and the chat template of both modes."""
 
-from collections.abc import Iterable
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
+import numpy as np
+import regex
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +30,12 @@ PRE_TOKEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+# So many different pieces of text are counted at most, which bounds a training's memory whatever it reads.
+MOST_PIECES = 2_000_000
+# A piece is handed to the trainer as often as it was seen, in lists no longer than this.
+LONGEST_LIST = 10_000
+logger = logging.getLogger(__name__)
 
 # ChatML. `enable_thinking` decides the control token that ends the generation prompt: true `<think>`, false or absent
 # `</think>`, null none at all (the turn stays open for `generate(enable_thinking=...)`, or for training without tags).
@@ -151,15 +161,52 @@ RESPONSE_TEMPLATE = {
 }
 
 
+def count_pieces(texts: Iterable[str], most: int = MOST_PIECES, seed: int = 0) -> Counter:
+    """How often each piece of the texts, as `PRE_TOKEN_PATTERN` splits them, occurs, of at most `most` different ones.
+
+    Where there would be more, what was counted is halved, each occurrence kept or not by chance, and so is what comes: a
+    sample of the occurrences as fair as the texts, half as large until it fits. A warning says so.
+    """
+    find, rng = regex.compile(PRE_TOKEN_PATTERN).findall, np.random.default_rng(seed)
+    counts, rate = Counter(), 1
+    for text in texts:
+        counts.update(find(text) if rate == 1 else thinned(Counter(find(text)), rate, rng))
+        while len(counts) > most:
+            counts, rate = thinned(counts, 2, rng), rate * 2
+            logger.warning("More than %s different pieces of text: one occurrence in %d is counted.", f"{most:,}", rate)
+    return counts
+
+
+def thinned(counts: Counter, rate: int, rng: np.random.Generator) -> Counter:
+    """Of every occurrence one in `rate`, by chance."""
+    kept = rng.binomial(list(counts.values()), 1 / rate).tolist()
+    return Counter({piece: count for piece, count in zip(counts, kept) if count})
+
+
+def as_often_as_seen(counts: Counter) -> Iterator[list[str]]:
+    """Lists of one piece each; `counts` is emptied on the way, so that it is not held beside what the trainer makes of it."""
+    while counts:
+        piece, count = counts.popitem()
+        for begin in range(0, count, LONGEST_LIST):
+            yield [piece] * min(LONGEST_LIST, count - begin)
+
+
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, reserved: int = 0, multiple_of: int = 1, show_progress: bool = False
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    reserved: int = 0,
+    multiple_of: int = 1,
+    most_pieces: int = MOST_PIECES,
+    show_progress: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Learn a lossless byte-level BPE from `texts` and attach the chat and response templates.
 
     `vocab_size` counts the 256 bytes, the special tokens and `reserved` spare ones and is an upper bound: a small corpus
     runs out of merges earlier, so size the model by `len(tokenizer)`, which more spare tokens make a multiple of
     `multiple_of` (128: a matrix of that many rows fills the tensor cores' tiles).
-    The same texts in the same order give the same tokenizer. The end of sequence is `<|im_end|>`; padding is on the left,
+    Of the texts only how often each piece occurs is held, for `most_pieces` of them (`count_pieces`). The same texts in the
+    same order give the same tokenizer. The end of sequence is `<|im_end|>`; padding is on the left,
     ready for batched generation.
     """
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS) + reserved
@@ -172,7 +219,6 @@ def train_tokenizer(
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRE_TOKEN_PATTERN), behavior="isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     bpe.decoder = decoders.ByteLevel()
     learned = trainers.BpeTrainer(
         vocab_size=vocab_size - len(CONTROL_TOKENS) - reserved,
@@ -180,7 +226,10 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    bpe.train_from_iterator(texts, learned)
+    # Pieces come split: tokenizers' own counting would hold every one that ever occurred.
+    bpe.pre_tokenizer = bytes_
+    bpe.train_from_iterator(as_often_as_seen(count_pieces(texts, most_pieces)), learned)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in CONTROL_TOKENS])
     spare = reserved + -(bpe.get_vocab_size() + reserved) % multiple_of
     bpe.add_special_tokens([AddedToken(RESERVED.format(number), normalized=False) for number in range(spare)])

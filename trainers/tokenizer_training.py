@@ -1,7 +1,7 @@
 """From which text does a tokenizer learn, and how well does it compress beside others? `axk1 tokenizer train`, `compare`.
 
-Texts are streamed. What the training holds is the count of every distinct piece of text (`PRE_TOKEN_PATTERN`) and where the
-pairs in them stand; it grows with the sample, hence the bound on its bytes.
+Texts are streamed. What the training holds is the count of every different piece of text (`PRE_TOKEN_PATTERN`), of so many at
+most (`MOST_PIECES`), and where the pairs in them stand.
 """
 
 import itertools

@@ -18,6 +18,7 @@ from modeling_axk1.modeling_axk1 import AxK1TopkRouter
 from tests.random_models import tiny_chat_config
 from trainers.curriculum import read_curriculum
 from trainers.muon import MuonAdamW, matrices_of, split_parameters
+from trainers.packing import Packer
 from trainers.pretrain import PretrainConfig, PretrainTrainer
 from trainers.safeguards import SpikeDetector, damage, seal, sound_checkpoint
 from trainers.token_store import Source
@@ -70,6 +71,13 @@ def weights(trainer):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def everything(trainer):
+    """The weights, and what the optimizer holds of each."""
+    held = trainer.optimizer.state_dict()["state"]
+    moments = {f"{number} {name}": t.clone() for number, of in held.items() for name, t in of.items()}
+    return weights(trainer) | moments
 
 
 class At(TrainerCallback):
@@ -234,7 +242,9 @@ def test_a_nan_skips_the_update_saves_the_batch_and_is_logged(tmp_path):
     assert all(torch.equal(after[0][name], kept[name]) for name in names), "weights, biases: none moved in step 4"
     assert [(e["step"], e["problem"], e["action"]) for e in trainer.events] == [(4, "a loss of nan", "skipped")]
     batch = load_file(tmp_path / "bad_batches/step-4-rank-0-0.safetensors")
-    assert batch["input_ids"].shape == (4, 16)
+    packer = Packer(trainer.curriculum, {"web": text(60, 0), "code": text(40, 1)}, trainer.args.seed)
+    fourth = [packer.batch(step) for step in trainer.steps[:4]][-1]
+    assert batch.keys() == fourth.keys() and all(torch.equal(batch[name], fourth[name]) for name in fourth)
     assert [log["skipped_steps"] for log in trainer.state.log_history if "loss" in log] == [0] * 3 + [1] * 9
 
 
@@ -252,16 +262,16 @@ def test_a_spike_is_skipped_rolled_back_or_ignored(tmp_path, action):
     trainer = trainer_of(tmp_path, on_spike=action, save_steps=3)
     trainer.spikes.losses.extend([4.5] * 20)
     begun, seen = {}, {}
-    trainer.add_callback(At(4, lambda: begun.update(weights(trainer))))
+    trainer.add_callback(At(4, lambda: begun.update(everything(trainer))))
 
     def spike():
         with torch.no_grad():
             trainer.model.lm_head.weight.mul_(-20)
-        seen.update(weights(trainer))
+        seen.update(everything(trainer))
 
     trainer.add_callback(At(6, spike))
     after = {}
-    trainer.add_callback(At(7, lambda: after.update(weights(trainer))))
+    trainer.add_callback(At(7, lambda: after.update(everything(trainer))))
     trainer.train()
     rates = [log["learning_rate"] / 3e-3 for log in trainer.state.log_history if "loss" in log]
     assert rates[5] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.125)

@@ -1,7 +1,9 @@
 """Are documents made of every seed and topic once, with their origin, through a server or a model here, and a kill survived?"""
 
 import json
+import math
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -148,6 +150,54 @@ def test_a_model_in_this_process(tmp_path):
     first = [write(one), write(two)]
     assert [write(two), write(one)] == first[::-1], "a text depends on the order of requests"
     assert first[0] != first[1] and not first[0].complete
+
+
+@pytest.fixture
+def axk1_serve(tmp_path):
+    """`axk1 serve` over loopback, with a model that says letters and, about every sixth token, ends its turn."""
+    pytest.importorskip("transformers", minversion="5.21", reason="serving needs transformers >= 5.21")
+    import uvicorn
+
+    from serving.loading import load_for_chat
+    from serving.server import build_app
+
+    tokenizer = train_tokenizer(["Write about this topic"], 300)
+    model = AxK1ForCausalLM(AxK1Config.preset("nano", vocab_size=len(tokenizer), num_hidden_layers=2))
+    size = model.config.hidden_size
+    letters = [n for n, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))) if token.isalpha()]
+    with torch.no_grad():
+        # One large embedding for all: the last hidden state is nearly (1, ..., 1), and a row's sum its logit.
+        model.model.embed_tokens.weight.fill_(1000.0)
+        model.lm_head.weight.fill_(-50 / size)
+        model.lm_head.weight[letters] = 0
+        model.lm_head.weight[tokenizer.eos_token_id] = math.log(len(letters) / 6) / size
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    app = build_app(*load_for_chat(str(tmp_path / "tiny"), device_map="cpu"), name="tiny")
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    server.should_exit = True
+    thread.join(timeout=60)
+
+
+def test_our_own_server_writes_documents(tmp_path, axk1_serve, capsys):
+    (tmp_path / "topics.txt").write_text("rivers\nclouds\n")
+    out = tmp_path / "out.jsonl"
+    command = ["curate", "synthesize", str(out), "--topics", str(tmp_path / "topics.txt"), "--server", axk1_serve]
+    said = []
+    # An empty reply is asked again by the next run.
+    while len(said) < 8 and (not out.exists() or len(out.read_text().splitlines()) < 4):
+        assert axk1.main([*command, "--model", "tiny", "--forms", "2", "--max-tokens", "100"]) == 0
+        said.append(capsys.readouterr().out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == 4 and "written" in said[0] and "failed" not in "".join(said)
+    assert {row["topic"] for row in rows} == {"rivers", "clouds"} and {row["model"] for row in rows} == {"tiny"}
+    assert all(row["text"] and "think>" not in row["text"] and "<|" not in row["text"] for row in rows)
 
 
 def test_forms_that_do_not_exist_are_refused(tmp_path):

@@ -1,13 +1,16 @@
 """Is the tokenizer lossless and reproducible, and does the chat template say what each mode needs?"""
 
+import json
+import random
 import subprocess
 import sys
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 from trl.chat_template_utils import is_chat_template_prefix_preserving, is_chat_template_stop_token_trained
 
-from trainers.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, TRAINING_CHAT_TEMPLATE, train_tokenizer
+from trainers.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, TRAINING_CHAT_TEMPLATE, count_pieces, train_tokenizer
 
 TEXTS = [
     "The answer to 12 + 3 is 15.\n",
@@ -89,6 +92,37 @@ def test_same_texts_give_the_same_tokenizer(tokenizer, tmp_path):
     subprocess.run([sys.executable, "-c", program, repr(TEXTS), str(tmp_path / "there")], check=True)
     for name in ("tokenizer.json", "chat_template.jinja", "tokenizer_config.json"):
         assert (tmp_path / "here" / name).read_text() == (tmp_path / "there" / name).read_text()
+
+
+def test_counted_pieces_give_what_tokenizers_learns_from_the_texts():
+    """Its own reading and splitting is the oracle; blanks, breaks, marks and cases of every kind are in the texts."""
+    rng = random.Random(0)
+    kinds = [" ", "  \n", "\r\n\t", "don't", "'RE", "e\u0301", "안녕", "セカイ", "٣42", "!?\n", "x_y", "\u00a0"]
+    kinds += ["\U00020000", "ſ's", "😀"]
+    texts = ["".join(rng.choices(kinds, k=60)) for _ in range(200)]
+    ours = train_tokenizer(texts, 700)
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = ours.backend_tokenizer.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [token for token in SPECIAL_TOKENS if token not in ("<think>", "</think>")]
+    theirs.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=698, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    learned, expected = (json.loads(each.to_str())["model"] for each in (ours.backend_tokenizer, theirs))
+    assert learned["merges"] == expected["merges"] and len(expected["merges"]) > 300
+
+
+def test_no_more_pieces_are_held_than_asked_and_the_sample_is_fair(caplog):
+    rng = random.Random(1)
+    common = ["the", "river", "bridge", "한국어"]
+    texts = [" ".join([*common * 2, *("".join(rng.choices("abcdefgh", k=9)) for _ in range(20))]) for _ in range(2000)]
+    whole = count_pieces(texts)
+    counts = count_pieces(texts, most=3000)
+    assert len(whole) > 30_000 and len(counts) <= 3000 and counts == count_pieces(texts, most=3000), "reproducible"
+    rates = [record.args[1] for record in caplog.records]
+    assert rates[:4] == [2, 4, 8, 16] and "More than 3,000 different pieces of text" in caplog.text
+    for piece in (" river", " bridge", " 한국어"):
+        assert counts[piece] * max(rates) == pytest.approx(whole[piece], rel=0.25)
 
 
 def test_saved_tokenizer_keeps_its_templates(tokenizer, tmp_path):
