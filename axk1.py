@@ -762,6 +762,7 @@ def info(model: str, context: int) -> None:
     from modeling_axk1 import count_flops, count_parameters
     from modeling_axk1.quantization_axk1 import cards_table
     from trainers.report import text_table
+    from trainers.serve_plan import activation_bytes
 
     config = _config(model)
     parameters = count_parameters(config)
@@ -775,8 +776,8 @@ def info(model: str, context: int) -> None:
     prefill = count_flops(config, queries=context)["total"]
     decode = count_flops(config, queries=1, keys=context, absorbed=True)["total"]
     print(f"FLOPs at {context:,} tokens: prefill {prefill:.4g}, one decoded token {decode:.4g}")
-    print("\nCards that hold the weights, layer by layer, and the tokens that they then have room to cache:")
-    print(text_table(cards_table(config)))
+    print("\nCards that hold the weights, layer by layer, and the tokens that they cache beside a prompt's activations:")
+    print(text_table(cards_table(config, activation_bytes=activation_bytes(config))))
 
 
 if __name__ == "__main__":
