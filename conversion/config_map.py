@@ -112,6 +112,24 @@ DESCRIBING = {
 }
 
 
+# What is reckoned with: a text or a list in its place could grow to any size in a product or a remainder.
+NUMBERS = {
+    *FIELDS,
+    *(name for names in OTHER_NAMES.values() for name in names),
+    *(ROPE_DEFAULTS.keys() - {"rope_type"}),
+    *"vocab_size padded_vocab_size make_vocab_size_divisible_by moe_shared_expert_intermediate_size mtp_num_layers".split(),
+    *"moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor".split(),
+}
+
+
+def check_numbers(args: Mapping[str, Any]) -> None:
+    """ValueError for an argument that is to be a number and is none, or a larger one than any model's."""
+    for name in sorted(NUMBERS):
+        value = args.get(name)
+        if value is not None and (type(value) not in (int, float) or not abs(value) < 2**63):
+            raise ValueError(f"Megatron's argument {name} is a {type(value).__name__} that no model has; it is damaged.")
+
+
 def argument(args: Mapping[str, Any], name: str, default: Any = None) -> Any:
     """An argument under its first name that is there and not None."""
     for each in (name, *OTHER_NAMES.get(name, ())):
@@ -241,9 +259,10 @@ def _layer_list(text: str) -> int | list[int]:
         raise ValueError(f"moe_layer_freq={text!r} is neither a number nor a list of 0 and 1.")
 
     try:
-        return value(ast.parse(text.strip(), mode="eval"))
+        # Python's own parser falls over a text that nests deeply enough.
+        return value(ast.parse(text.strip() if len(text) <= 4096 else "", mode="eval"))
     except (SyntaxError, TypeError) as error:
-        raise ValueError(f"moe_layer_freq={text!r} is neither a number nor a list of 0 and 1.") from error
+        raise ValueError(f"moe_layer_freq={text[:80]!r} is neither a number nor a list of 0 and 1.") from error
 
 
 def routing_fields(args: Mapping[str, Any], has_bias: bool) -> dict[str, Any]:

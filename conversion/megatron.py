@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from conversion.checkpoint import listed
-from conversion.config_map import argument, config_from_arguments
+from conversion.config_map import argument, check_numbers, config_from_arguments
 from conversion.ops import Mosaic, cat, cat_halves, covers, narrow
+from conversion.torch_file import Inert, plain
 from conversion.weight_map import COLUMNS, HALVES, POST_NORM, POST_NORM_NAMES, REPLICATED, VOCAB, Row, add_absent
 from modeling_axk1.configuration_axk1 import AxK1Config
 
@@ -68,6 +69,13 @@ def kind_of(folder: Path) -> str | None:
     if (folder / ".metadata").exists():
         return "torch_dist"
     return "legacy" if any(folder.glob("mp_rank_*")) else None
+
+
+def arguments_in(namespace: Inert) -> dict[str, Any]:
+    """The arguments of a run by name. ValueError for one that is to be reckoned with and no number."""
+    args = plain(namespace)
+    check_numbers(args)
+    return args
 
 
 def layer_types_found(parts: Mapping[str, Any]) -> list[str]:

@@ -31,9 +31,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.serialization import skip_data
 
 from conversion.checkpoint import HashedFile, OutFile, bytes_of, deal
-from conversion.megatron import LAYER, MegatronSource, drop_state
+from conversion.megatron import LAYER, MegatronSource, arguments_in, drop_state
 from conversion.ops import Mosaic, Tile, blocks, cat, narrow, unstack
-from conversion.torch_file import Inert, numbers_in, open_torch_file, plain, unpickle
+from conversion.torch_file import MAX_DIMENSIONS, Inert, is_size, numbers_in, open_pickle, open_torch_file, shown
 from conversion.weight_map import Row, local_name, modules_with_state, te_name
 from modeling_axk1.configuration_axk1 import AxK1Config
 
@@ -54,7 +54,7 @@ def open_dist(folder: Path, post_norm_names: tuple[str, ...], drop_fp8_state: bo
     """Open one torch_dist iteration. ValueError names what is missing, damaged or outside the folder."""
     entries, places = read_metadata(folder)
     common = read_common(folder, places)
-    source = MegatronSource(folder, "torch_dist", plain(common["args"]))
+    source = MegatronSource(folder, "torch_dist", arguments_in(common["args"]))
     source.facts = {"checkpoint_version": common.get("checkpoint_version"), "iteration": common.get("iteration")}
     skipped = {name for name in entries if SKIPPED.match(name)}
     source.facts["skipped"] = sorted({re.split(r"[./]", name)[0] for name in skipped})
@@ -84,25 +84,26 @@ def read_metadata(folder: Path) -> tuple[dict[str, Inert], dict[tuple[str, tuple
     path = folder / ".metadata"
     if not path.is_file():
         raise ValueError(f"{path} is missing: the save did not finish, or the file was not fetched.")
-    with path.open("rb") as file:
-        metadata = unpickle(file, path)
+    metadata = open_pickle(path)
     try:
         places = {}
         for index, info in metadata.storage_data.items():
             # An attribute at its default is not in the pickle.
             offset = getattr(index, "offset", None)
-            place = index.fqn, None if offset is None else tuple(offset)
+            place = name, offset = index.fqn, None if offset is None else _sizes(offset)
+            if not isinstance(name, str):
+                raise TypeError(f"it names {shown(name)}")
             if place in places:
-                raise ValueError(f"{path} places the chunk of {index.fqn} at {offset} twice; it is damaged.")
+                raise ValueError(f"{path} places the chunk of {name} at {offset} twice; it is damaged.")
             places[place] = info
-        return dict(metadata.state_dict_metadata), places
+        return {str(name): entry for name, entry in metadata.state_dict_metadata.items()}, places
     except (AttributeError, TypeError) as error:
         raise ValueError(f"{path} is no metadata of a distributed checkpoint ({error}).") from error
 
 
 def arguments_of_dist(folder: Path) -> dict[str, Any]:
     """The arguments alone."""
-    return plain(read_common(folder, read_metadata(folder)[1])["args"])
+    return arguments_in(read_common(folder, read_metadata(folder)[1])["args"])
 
 
 def read_common(folder: Path, places: dict) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def read_tensor(folder: Path, name: str, entry: Inert, places: dict) -> Mosaic:
     dtype = state[0] if isinstance(state, tuple) else state.get("dtype")
     tiles: list[Tile] = []
     for chunk in entry.chunks:
-        offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+        offsets, sizes = _sizes(chunk.offsets), _sizes(chunk.sizes)
         info = places.get((name, offsets))
         found = open_torch_file(*_place(folder, name, info))
         if not isinstance(found, Mosaic) or (found.dtype, found.shape) != (dtype, sizes):
@@ -139,11 +140,18 @@ def read_tensor(folder: Path, name: str, entry: Inert, places: dict) -> Mosaic:
                 "that .metadata says; the file belongs to another checkpoint."
             )
         tiles += [replace(tile, origin=offsets) for tile in found.tiles]
-    tensor = Mosaic(dtype, tuple(entry.size), tuple(tiles))
+    tensor = Mosaic(dtype, _sizes(entry.size), tuple(tiles))
     # Before it is cut into its layers and experts, as many as it says; that no two overlap is seen where the parts are joined.
     if sum(tile.elements for tile in tiles) != tensor.elements:
         raise ValueError(f"{folder}: the chunks of {name} do not cover its shape {list(entry.size)}; one is missing.")
     return tensor
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    """A shape, or where a chunk begins: what else a pickle may say is neither hashed nor multiplied."""
+    if not isinstance(value, list | tuple) or len(value) > MAX_DIMENSIONS or not all(map(is_size, value)):
+        raise ValueError(f"{shown(value)} stands for a shape; .metadata is damaged.")
+    return tuple(value)
 
 
 def _place(folder: Path, name: str, info: Inert | None) -> tuple[Path, int, int]:
@@ -154,14 +162,14 @@ def _place(folder: Path, name: str, info: Inert | None) -> tuple[Path, int, int]
         )
     relative = info.relative_path
     if not isinstance(relative, str) or Path(relative).name != relative or relative in ("", ".", ".."):
-        raise ValueError(f"{folder / '.metadata'} places {name} at {relative!r}; only files beside it are read.")
-    if getattr(info, "transform_descriptors", None):
-        raise ValueError(f"{folder / relative}: {name} is stored as {info.transform_descriptors}; save it plain.")
+        raise ValueError(f"{folder / '.metadata'} places {name} at {shown(relative)}; only files beside it are read.")
+    if descriptors := getattr(info, "transform_descriptors", None):
+        raise ValueError(f"{folder / relative}: {name} is stored as {shown(descriptors)}; save it plain.")
     if not (folder / relative).is_file():
         raise ValueError(f"{folder / relative} is missing, but .metadata places {name} in it; fetch it.")
-    if not all(type(n) is int and n >= 0 for n in (info.offset, info.length)):
+    if not (is_size(info.offset) and is_size(info.length)):
         raise ValueError(
-            f"{folder / '.metadata'} places {name} at byte {info.offset!r} + {info.length!r}; it is damaged."
+            f"{folder / '.metadata'} places {name} at byte {shown(info.offset)} + {shown(info.length)}; it is damaged."
         )
     return folder / relative, info.offset, info.length
 

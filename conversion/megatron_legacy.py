@@ -23,9 +23,9 @@ from torch.serialization import skip_data
 
 from conversion.checkpoint import HashedFile, OutFile, bytes_of, listed
 from conversion.config_map import DESCRIBING
-from conversion.megatron import MegatronSource, drop_state, listed_ranks
+from conversion.megatron import MegatronSource, arguments_in, drop_state, listed_ranks
 from conversion.ops import Mosaic, blocks, filled, narrow, reshape, swap, unstack
-from conversion.torch_file import Inert, numbers_in, open_torch_file, plain
+from conversion.torch_file import Inert, numbers_in, open_torch_file
 from conversion.weight_map import Row, local_name, modules_with_state, shards_of, te_name
 from modeling_axk1.configuration_axk1 import AxK1Config
 
@@ -81,10 +81,10 @@ def open_legacy(folder: Path, post_norm_names: tuple[str, ...], drop_fp8_state: 
     paths = rank_files(folder)
     files = {numbers: _rank_file(path) for numbers, path in paths.items()}
     first, *others = files.values()
-    args = plain(first["args"])
+    args = arguments_in(first["args"])
     layout = Layout.of(args)
     for path, file in zip([*paths.values()][1:], others):
-        check_same_run(path, plain(file["args"]), file, args, first)
+        check_same_run(path, arguments_in(file["args"]), file, args, first)
     check_ranks(folder, layout, {_rank(layout, numbers) for numbers in files})
     source = MegatronSource(folder, "legacy", args)
     source.facts = {"checkpoint_version": first.get("checkpoint_version"), "iteration": first.get("iteration")}
@@ -106,7 +106,7 @@ def open_legacy(folder: Path, post_norm_names: tuple[str, ...], drop_fp8_state: 
 
 def arguments_of_legacy(folder: Path) -> dict[str, Any]:
     """The arguments alone, from the first rank file."""
-    return plain(_rank_file(next(iter(rank_files(folder).values())))["args"])
+    return arguments_in(_rank_file(next(iter(rank_files(folder).values())))["args"])
 
 
 def check_same_run(path: Path, args: Mapping, file: Mapping, first_args: Mapping, first: Mapping) -> None:

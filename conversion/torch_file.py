@@ -11,7 +11,6 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +19,12 @@ import torch
 
 from conversion.ops import Mosaic, stored
 
-# No checkpoint's tensor has more, nor any rank file a larger pickle (a whole K1 in one file: 20 MB): more is an attack.
+# No checkpoint's tensor has more, nor any file a larger pickle (a whole K1 in one rank file: 20 MB): more is an attack.
 MAX_DIMENSIONS = 8
-MAX_PICKLE_BYTES = 2**28
+MAX_PICKLE_BYTES = 2**30
+# A few bytes of a pickle can hold a list a thousand times in each of many lists. Looking ends here instead: at a key of a
+# dict (the longest is two dtypes), an `_extra_state`, all arguments of a run with their texts.
+MAX_KEY_PARTS, MAX_STATE_PARTS, MAX_ARGUMENT_PARTS = 64, 2**12, 2**24
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -58,7 +60,7 @@ INERT_NAMES = {
     "_codecs.encode",
     # How Python 3.11 pickles the members of an enum: the stand-in gets the class and the name, and looks nothing up.
     "builtins.getattr",
-    *(f"builtins.{name}" for name in "list dict tuple int float bool str bytes object".split()),
+    *(f"builtins.{name}" for name in "list dict tuple set frozenset int float bool str bytes object".split()),
     "torch.device",
     "torch.Tensor",
     "torch._tensor.Tensor",
@@ -72,16 +74,6 @@ INERT_NAMES = {
     "numpy.dtype",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
 }
-PLAIN = {
-    "collections.OrderedDict": OrderedDict,
-    "builtins.set": set,
-    "builtins.frozenset": frozenset,
-    "builtins.slice": slice,
-    "builtins.complex": complex,
-    "torch.Size": tuple,
-}
-
-
 class Record(NamedTuple):
     """Where an archive's record lies in the file, and the CRC-32 that the archive says it has."""
 
@@ -121,7 +113,8 @@ class Inert:
         self.items[key] = value
 
     def __repr__(self):
-        return f"{self.kind}{self.args}"
+        # Without its arguments: their text may have no end.
+        return f"a {self.kind}"
 
 
 class InertDict(dict):
@@ -134,6 +127,27 @@ class InertDict(dict):
     def __setstate__(state):
         # Of an instance or of the class itself, which a pickle could otherwise change for everyone.
         raise ValueError("a defaultdict has no state")
+
+
+class StateDict(InertDict):
+    """For `collections.OrderedDict`. Its attributes (a module's `_metadata`) say nothing of the weights."""
+
+    def __init__(self, *args):
+        if args:
+            raise ValueError("an OrderedDict is made of entries that it should be filled with")
+
+    @staticmethod
+    def __setstate__(state):
+        pass
+
+
+PLAIN = {
+    "collections.OrderedDict": StateDict,
+    "collections.defaultdict": InertDict,
+    "builtins.slice": slice,
+    "builtins.complex": complex,
+    "torch.Size": tuple,
+}
 
 
 class Rebuilder:
@@ -154,9 +168,48 @@ class Rebuilder:
         raise ValueError("a function has no state")
 
 
+# Of what a dict's keys may be made; each is hashed once, or at a glance.
+KEYS = (str, bytes, int, float, type(None), torch.dtype, type, Inert)
+
+
+def check_key(key: Any) -> None:
+    """ValueError for a dict's key that may never be hashed, as a tuple that holds one tuple twice, at each of many levels."""
+    left, parts = [key], 0
+    while left:
+        one, parts = left.pop(), parts + 1
+        if type(one) is tuple and len(one) + parts <= MAX_KEY_PARTS:
+            left += one
+        elif type(one) is int and one.bit_length() > 64 or not isinstance(one, KEYS):
+            raise ValueError(f"a {type(one).__name__} is part of a dict's key")
+
+
+def _checked(load: Callable, keys: slice) -> Callable:
+    """A step of the pickle machine whose keys, so many of the stack's topmost part, are looked at first."""
+
+    def step(machine: pickle._Unpickler) -> None:
+        for key in machine.stack[keys]:
+            check_key(key)
+        load(machine)
+
+    return step
+
+
+def _refused(machine: pickle._Unpickler) -> None:
+    raise ValueError("it asks for room for a bytearray")
+
+
 # The machine in Python: the one in C reserves memory for whatever number a pickle gives to its memo.
 class InertUnpickler(pickle._Unpickler):
     """Builds plain values, `Inert` records and `Mosaic`s; ValueError names whatever else the pickle asks for."""
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.SETITEM[0]: _checked(pickle._Unpickler.load_setitem, slice(-2, -1)),
+        pickle.SETITEMS[0]: _checked(pickle._Unpickler.load_setitems, slice(None, None, 2)),
+        pickle.DICT[0]: _checked(pickle._Unpickler.load_dict, slice(None, None, 2)),
+        pickle.ADDITEMS[0]: _checked(pickle._Unpickler.load_additems, slice(None)),
+        pickle.FROZENSET[0]: _checked(pickle._Unpickler.load_frozenset, slice(None)),
+        pickle.BYTEARRAY8[0]: _refused,
+    }
 
     def __init__(self, file, path: Path, storages: dict[str, Record]):
         super().__init__(file)
@@ -168,8 +221,6 @@ class InertUnpickler(pickle._Unpickler):
         full = f"{module}.{name}"
         if full in PLAIN:
             return PLAIN[full]
-        if full == "collections.defaultdict":
-            return InertDict
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         if full in ("torch.storage.UntypedStorage", "torch.UntypedStorage"):
@@ -184,30 +235,40 @@ class InertUnpickler(pickle._Unpickler):
         raise ValueError(f"{self.path} asks for {full}, which is not allowed in a checkpoint; do not trust this file.")
 
     def persistent_load(self, pid: Any) -> Mosaic:
-        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], torch.dtype)):
-            raise ValueError(f"{self.path} refers to {pid!r}, which is not a torch storage; do not trust this file.")
-        _, dtype, key, _, elements = pid
+        kind, dtype, key, _, elements = pid if isinstance(pid, tuple) and len(pid) == 5 else (None,) * 5
+        if not (kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str)):
+            raise ValueError(f"{self.path} refers to {shown(pid)}, which is not a torch storage; do not trust this file.")
         start, size, _ = self.storages.get(key, (0, -1, 0))
-        if type(elements) is not int or elements < 0 or elements * dtype.itemsize != size:
+        if not is_size(elements) or elements * dtype.itemsize != size:
             raise ValueError(
-                f"{self.path}: storage {key!r} should hold {elements} numbers of {dtype} but has {size} bytes; "
+                f"{self.path}: storage {key!r} should hold {shown(elements)} numbers of {dtype} but has {size} bytes; "
                 "the file is damaged, fetch it again."
             )
         return stored(self.path, start, dtype, (elements,))
+
+
+def is_size(value: Any) -> bool:
+    """Whether this is a number that can count bytes or numbers of a file."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def shown(value: Any) -> str:
+    """What an error says of a value from a pickle: a text, a number or a few of them as they are, else only its kind."""
+    entries = value if type(value) in (list, tuple) else (value,)
+    simple = len(entries) <= 32 and all(isinstance(entry, str | int | float | None) for entry in entries)
+    return repr(value)[:300] if simple else f"a {getattr(value, 'kind', type(value).__name__)}"
 
 
 def _rebuild_tensor(storage: Mosaic, offset: int, shape, strides, *_, dtype: torch.dtype | None = None) -> Mosaic:
     """A tensor as a view of its storage, with the checks that torch makes in C++."""
     dtype = storage.dtype if dtype is None else dtype
     numbers = (offset, *shape, *strides)
-    wrong = (
-        any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS
-    )
+    wrong = not all(map(is_size, numbers)) or len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS
     # A tensor of more numbers than its storage repeats some: no weight does, and its size may be anything.
     if wrong or math.prod(shape) * dtype.itemsize > storage.nbytes:
         raise ValueError(
-            f"{storage.tiles[0].path}: a tensor of {storage.nbytes} bytes has the offset, sizes and strides {numbers[:17]}; "
-            "the file is damaged."
+            f"{storage.tiles[0].path}: a tensor of {storage.nbytes} bytes has the offset, sizes and strides "
+            f"{shown(numbers[:17])}; the file is damaged."
         )
     start = storage.tiles[0].start + offset * dtype.itemsize
     tensor = stored(storage.tiles[0].path, start, dtype, shape, strides)
@@ -229,7 +290,7 @@ def _first(data, *_):
 def _rebuild_from_type(rebuild, kind, args, state, *_) -> Mosaic:
     """A tensor with attributes, as optimizers keep; only torch's own ways to rebuild one are gone."""
     if not isinstance(rebuild, Rebuilder):
-        raise ValueError(f"a tensor is to be rebuilt by {rebuild!r}")
+        raise ValueError(f"a tensor is to be rebuilt by {shown(rebuild)}")
     return rebuild(*args)
 
 
@@ -316,18 +377,35 @@ def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
 
 
 def _read_pickle(file, record: Record) -> bytes:
-    if record.size > MAX_PICKLE_BYTES:
-        raise ValueError(f"its pickle has {record.size:,} bytes")
     file.seek(record.start)
-    content = file.read(record.size)
+    content = _read_some(file, record.size)
     # 0 where torch was told to leave it out. A single wrong bit in a key would be another model.
     if record.crc and zlib.crc32(content) != record.crc:
         raise ValueError("its pickle is damaged: another CRC than the archive says")
     return content
 
 
+def _read_some(file, size: int) -> bytes:
+    if size > MAX_PICKLE_BYTES:
+        raise ValueError(f"its pickle has {size:,} bytes")
+    return file.read(size)
+
+
+def open_pickle(path: Path) -> Any:
+    """The object in a file that is one pickle, as `.metadata` is."""
+    with path.open("rb") as file:
+        try:
+            content = _read_some(file, os.fstat(file.fileno()).st_size)
+        except ValueError as error:
+            raise ValueError(f"{path} is too large ({error}); fetch or save it again.") from error
+    return unpickle(io.BytesIO(content), path)
+
+
 def unpickle(file, path: Path, storages: dict[str, Record] | None = None) -> Any:
-    """One pickle, inertly. ValueError for whatever is not a sound pickle of allowed names."""
+    """One pickle, inertly. ValueError for whatever is not a sound pickle of allowed names.
+
+    file: in memory. Of a real file a few bytes could ask to read any number of bytes, for which there would have to be room.
+    """
     try:
         return InertUnpickler(file, path, storages or {}).load()
     except ValueError as error:
@@ -337,32 +415,47 @@ def unpickle(file, path: Path, storages: dict[str, Record] | None = None) -> Any
         raise ValueError(f"{path} holds a damaged pickle ({error}); fetch or save it again.") from error
     except Exception as error:
         # A pickle from outside can fail in any way its bytes please: as a stand-in called wrongly, as a missing key.
-        raise ValueError(f"{path} holds a damaged pickle ({error!r}); fetch or save it again.") from error
+        reason = f"{type(error).__name__}: {shown(error.args[0])}" if error.args else type(error).__name__
+        raise ValueError(f"{path} holds a damaged pickle ({reason}); fetch or save it again.") from error
 
 
-def plain(value: Any, depth: int = 6) -> Any:
-    """Namespaces as dicts, members of enums as their names or values, the rest as it is; what lies deeper than `depth` is None.
+class Budget:
+    """How much of a value may still be looked at: one list a thousand times in each of many lists would never end."""
 
-    A list that holds itself, or one list twice at each of many levels, would otherwise never end.
-    """
+    def __init__(self, parts: int):
+        self.left = self.parts = parts
+
+    def spend(self, parts: int = 1) -> None:
+        self.left -= parts
+        if self.left < 0:
+            raise ValueError(f"a value in it has more than {self.parts:,} parts; it is damaged, do not trust it")
+
+
+def plain(value: Any, depth: int = 6, budget: Budget | None = None) -> Any:
+    """Namespaces as dicts, members of enums as their names or values, the rest as it is; what lies deeper is None."""
+    budget = budget or Budget(MAX_ARGUMENT_PARTS)
+    budget.spend(len(value) + 1 if isinstance(value, str | bytes) else 1)
     if depth == 0:
         return None
     if isinstance(value, Inert):
         if value.kind in ("argparse.Namespace", "types.SimpleNamespace"):
-            state = getattr(value, "state", None)
-            return {name: plain(entry, depth - 1) for name, entry in (state if isinstance(state, dict) else {}).items()}
-        if value.kind == "builtins.getattr" and len(value.args) == 2:
-            return plain(value.args[1], depth - 1)
-        return plain(value.args[0], depth - 1) if len(value.args) == 1 else value.kind
+            value = value.__dict__.get("state")
+            value = value if isinstance(value, dict) else {}
+        elif value.kind == "builtins.getattr" and len(value.args) == 2:
+            return plain(value.args[1], depth - 1, budget)
+        else:
+            return plain(value.args[0], depth - 1, budget) if len(value.args) == 1 else value.kind
     if isinstance(value, dict):
-        return {key: plain(entry, depth - 1) for key, entry in value.items()}
+        return {key: plain(entry, depth - 1, budget) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(plain(entry, depth - 1) for entry in value)
+        return type(value)(plain(entry, depth - 1, budget) for entry in value)
     return value
 
 
-def numbers_in(value: Any, depth: int = 6) -> int:
+def numbers_in(value: Any, depth: int = 6, budget: Budget | None = None) -> int:
     """How many numbers the tensors of an unpickled object hold: in lists, tuples and dicts, and in files saved inside it."""
+    budget = budget or Budget(MAX_STATE_PARTS)
+    budget.spend()
     if isinstance(value, Mosaic):
         return value.elements
     if depth == 0:
@@ -371,7 +464,7 @@ def numbers_in(value: Any, depth: int = 6) -> int:
         state = value.__dict__.get("state")
         return _numbers_in_file(_bytes_in(state[0])) if isinstance(state, tuple) and state else 0
     entries = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(numbers_in(entry, depth - 1) for entry in entries)
+    return sum(numbers_in(entry, depth - 1, budget) for entry in entries)
 
 
 def _bytes_in(value: Any) -> bytes:

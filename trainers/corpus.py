@@ -18,6 +18,8 @@ from fsspec.utils import infer_compression
 
 # Larger than any document that a training run wants, small enough to hold a few of in memory.
 MAX_DOCUMENT_BYTES = 20_000_000
+# Rows of Parquet are decoded together; 256 of the largest documents would be 5 GB.
+PARQUET_BATCH_BYTES = 16_000_000
 FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -193,6 +195,7 @@ def _lines(file: BinaryIO, limit_bytes: int) -> Iterator[bytes | None]:
 
 def _read_parquet(file: BinaryIO, counts: Counter, text_key: str, max_bytes: int) -> Iterator[Record]:
     import pyarrow
+    import pyarrow.compute
 
     position = 0
     for batch in _parquet_batches(file, counts):
@@ -200,23 +203,30 @@ def _read_parquet(file: BinaryIO, counts: Counter, text_key: str, max_bytes: int
         if text_key not in names or batch.column(text_key).type not in (pyarrow.string(), pyarrow.large_string()):
             counts["no text"] += batch.num_rows
             continue
-        texts = batch.column(text_key).cast(pyarrow.binary()).to_pylist()
-        others = batch.drop_columns([text_key]).to_pylist() if len(names) > 1 else [{} for _ in texts]
-        for text, row in zip(texts, others, strict=True):
-            if text is None:
+        texts = batch.column(text_key).cast(pyarrow.binary())
+        sizes = pyarrow.compute.binary_length(texts).to_pylist()
+        others = batch.drop_columns([text_key]).to_pylist() if len(names) > 1 else [{} for _ in sizes]
+        for text, size, row in zip(texts, sizes, others, strict=True):
+            if size is None:
                 counts["no text"] += 1
-            elif (decoded := _decode(text, counts)) is not None:
+            elif size > max_bytes:
+                counts["too large"] += 1
+            elif (decoded := _decode(text.as_py(), counts)) is not None:
                 yield Record(decoded, position, row)
             position += 1
 
 
 def _parquet_batches(file: BinaryIO, counts: Counter) -> Iterator:
-    """Its rows as `pyarrow.RecordBatch`es, up to the first damage."""
+    """Its rows as `pyarrow.RecordBatch`es of about PARQUET_BATCH_BYTES, up to the first damage."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        yield from pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256)
+        parquet = pyarrow.parquet.ParquetFile(file)
+        for group in range(parquet.num_row_groups):
+            facts = parquet.metadata.row_group(group)
+            rows = PARQUET_BATCH_BYTES * facts.num_rows // max(1, facts.total_byte_size)
+            yield from parquet.iter_batches(batch_size=min(max(rows, 1), 256), row_groups=[group])
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise

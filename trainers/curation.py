@@ -28,8 +28,8 @@ import contextlib
 import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -57,10 +57,9 @@ try:
 except ImportError as missing:
     raise ImportError("axk1 curate run needs datatrove; pip install 'axk1[curation]'.") from missing
 
-from trainers import report
+from trainers import report, tables
 from trainers.corpus import MAX_DOCUMENT_BYTES, files_of, unread
 from trainers.curation_steps import (
-    DECONTAMINATION_WORDS,
     GOPHER,
     SHORTEST_QUESTION_WORDS,
     Classified,
@@ -77,24 +76,95 @@ from trainers.curation_steps import (
     evaluation_texts,
     read_tally,
 )
+from trainers.text_classifier import labels_of
 
-SOURCE_KEYS = {"name", "path", "text_key", "domain", "language", "heuristics"}
-SECTION_KEYS = {
-    "language": {"keep", "minimum"},
-    "quality": {"model", "minimum"},
-    "domain": {"model"},
-    "difficulty": {"model"},
-    "decontaminate": {"evaluations", "words"},
-    "deduplicate": {"exact", "near", "words", "buckets", "hashes"},
-}
-# Shingles of 5 words, as in FineWeb. Its 14 buckets of 8 hashes find 92% of pairs that share 80% of their shingles,
-# 20 buckets of 6 find 99.8%, 92% of those that share 70%, and one in 12 of those that share 40%.
-NEAR = {"words": 5, "buckets": 20, "hashes": 6}
+# Shingles of 5 words, as in FineWeb. Its 14 buckets of 8 hashes find 92% of pairs that share 80% of their shingles and 56% of
+# those that share 70%, which one word changed in a review of 45 syllables leaves; 40 buckets of 7 find 99.99% and 97%, and one
+# in 15 of those that share 40%.
+NEAR = {"words": 5, "buckets": 40, "hashes": 7}
 # xxhash, the default, takes no str since its release 4.
 HASH = HashConfig(precision=64, hash_fc="sha1")
 # Repeating text up to four times is about as good as new text (Muennighoff et al. 2023, arXiv 2305.16264).
 MAX_REPEATS = 4.0
 SAMPLES = 3
+
+# -- what a recipe may hold ---------------------------------------------------------------------------------------
+TABLE = tables.Kind("a table", lambda value: isinstance(value, dict))
+OPTIONAL_TABLE = tables.either(TABLE, tables.NOTHING)
+SHARE = tables.number(0, 1)
+RECIPE_KINDS = {
+    "out": tables.TEXT,
+    "sources": tables.list_of(TABLE, "- {name: web, path: crawl/*.jsonl}"),
+    "heuristics": TABLE,
+    **dict.fromkeys(("language", "quality", "domain", "difficulty", "decontaminate"), OPTIONAL_TABLE),
+    "deduplicate": TABLE,
+    "mixture": tables.either(tables.NOTHING, tables.table_of(tables.number(), "{web: 0.7, code: 0.3}")),
+    "max_repeats": tables.number(),
+    "max_document_bytes": tables.whole(1),
+    "seed": tables.whole(0),
+    "tasks": tables.whole(1),
+    "workers": tables.whole(1),
+    "slurm": OPTIONAL_TABLE,
+}
+SOURCE_KINDS = {
+    **dict.fromkeys(("name", "path", "text_key", "domain", "language"), tables.TEXT),
+    "heuristics": TABLE,
+}
+SECTION_KINDS = {
+    "language": {"keep": tables.list_of(tables.TEXT, "[en, ko]"), "minimum": SHARE},
+    "quality": {"model": tables.TEXT, "minimum": SHARE},
+    "domain": {"model": tables.TEXT},
+    "difficulty": {"model": tables.TEXT},
+    "decontaminate": {
+        "evaluations": tables.list_of(tables.TEXT, "[gsm8k_test.jsonl]"),
+        "words": tables.whole(SHORTEST_QUESTION_WORDS),
+    },
+    "deduplicate": {
+        "exact": tables.SWITCH,
+        "near": tables.SWITCH,
+        **dict.fromkeys(("words", "buckets", "hashes"), tables.whole(1)),
+    },
+}
+SECTION_NEEDS = {"language": ["keep"], "decontaminate": ["evaluations"]}
+
+
+def slurm_kinds() -> dict[str, tables.Kind]:
+    """Of datatrove's Slurm executor, by the defaults of its parameters; those that we give it ourselves are left out."""
+    kinds = {}
+    for name, parameter in inspect.signature(SlurmPipelineExecutor).parameters.items():
+        default = parameter.default
+        if isinstance(default, bool):
+            kinds[name] = tables.SWITCH
+        elif isinstance(default, int):
+            kinds[name] = tables.whole(-1)
+        else:
+            kinds[name] = TABLE if name.endswith("_args") else tables.either(tables.TEXT, tables.NOTHING)
+    # YAML reads 10:00:00 as 36,000.
+    kinds |= {"partition": tables.TEXT, "time": tables.Kind('a text such as "10:00:00", in quotes', tables.TEXT.fits)}
+    ours = ("pipeline", "tasks", "logging_dir", "depends", "job_name", "job_id_retriever", "requeue_signals")
+    return {name: kind for name, kind in kinds.items() if name not in ours}
+
+
+def threshold_kinds(rules: type) -> dict[str, tables.Kind]:
+    """Of one of Gopher's filters, by the defaults of its parameters; null switches one off."""
+    grams = tables.Kind(
+        "a list of pairs such as [[2, 0.2]]",
+        lambda value: isinstance(value, list)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(map(tables.is_number, pair)) for pair in value),
+    )
+    kinds = {}
+    for name, parameter in inspect.signature(rules).parameters.items():
+        if isinstance(parameter.default, tuple):
+            kinds[name] = grams
+        elif tables.is_number(parameter.default):
+            kinds[name] = tables.either(tables.number(0), tables.NOTHING)
+    if "min_stop_words" in kinds:
+        kinds["stop_words"] = tables.list_of(tables.TEXT, "[the, of]")
+    return kinds
+
+
+SLURM_KINDS = slurm_kinds()
+HEURISTICS_KINDS = {name: threshold_kinds(rules) for name, rules in GOPHER.items()}
 
 
 @dataclass
@@ -119,28 +189,37 @@ class Recipe:
     slurm: dict | None = None
 
     def __post_init__(self):
-        _check_sources(self.sources)
-        for name, allowed in SECTION_KEYS.items():
-            if (section := getattr(self, name)) is not None or name == "deduplicate":
-                _check_keys(name, section, allowed)
-        for rules in (self.heuristics, *(source.get("heuristics", {}) for source in self.sources)):
-            _check_heuristics(rules)
-        _check_list("language", self.language, "keep", "[en, ko]")
-        _check_list("decontaminate", self.decontaminate, "evaluations", "[gsm8k_test.jsonl]")
-        if (words := (self.decontaminate or {}).get("words", DECONTAMINATION_WORDS)) < SHORTEST_QUESTION_WORDS:
-            raise ValueError(f"decontaminate: words={words} is below {SHORTEST_QUESTION_WORDS}; use more.")
-        if self.slurm is not None and (missing := {"partition", "time"} - set(self.slurm)):
-            raise ValueError(f"slurm lacks {', '.join(sorted(missing))}; datatrove queues no job without.")
+        tables.check(vars(self), RECIPE_KINDS, "the recipe")
+        for number, source in enumerate(self.sources):
+            where = f"source {source.get('name', number)!r}"
+            tables.check(source, SOURCE_KINDS, where, needed=["name", "path"])
+            _check_heuristics(source.get("heuristics", {}), where)
+        names = [source["name"] for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Two sources have one name in {names}; name them apart.")
+        _check_heuristics(self.heuristics, "the recipe")
+        for name, kinds in SECTION_KINDS.items():
+            if (section := getattr(self, name)) is not None:
+                tables.check(section, kinds, name, needed=SECTION_NEEDS.get(name, ()))
+        if self.slurm is not None:
+            tables.check(self.slurm, SLURM_KINDS, "slurm", needed=["partition", "time"])
         for name in ("quality", "domain", "difficulty"):
             section = getattr(self, name)
             if section is not None and not (section.get("model") and Path(section["model"]).is_dir()):
                 raise ValueError(f"{name}: {section} names no folder with a classifier as its model; train one first.")
         shares = list(self.mixture.values()) if self.mixture else [1.0]
-        are_numbers = all(isinstance(share, (int, float)) and share >= 0 for share in shares)
-        if not are_numbers or abs(sum(shares) - 1) > 1e-6:
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(
                 f"The mixture's shares must be numbers from 0 that sum to 1, got {self.mixture}; mend them."
             )
+        if self.mixture and self.domain:
+            known = {*labels_of(self.domain["model"]), *(s["domain"] for s in self.sources if "domain" in s)}
+            wanted = {name for name, share in self.mixture.items() if share > 0}
+            if missing := sorted(wanted - known):
+                raise ValueError(
+                    f"The mixture asks for {', '.join(missing)} and the domain classifier and sources know "
+                    f"{', '.join(sorted(known))}; train it on the missing, or leave them out."
+                )
         if self.mixture and not self.domain:
             domains = {source.get("domain", "unknown") for source in self.sources}
             if domains != set(self.mixture):
@@ -148,10 +227,8 @@ class Recipe:
                     f"The mixture names {', '.join(sorted(self.mixture))}, the sources' domains are "
                     f"{', '.join(sorted(domains))}; give each a share, 0 to leave it out."
                 )
-        if self.tasks < 1 or self.workers < 1 or self.max_repeats <= 0:
-            raise ValueError(
-                f"tasks={self.tasks}, workers={self.workers}, max_repeats={self.max_repeats:g} must all be positive."
-            )
+        if self.max_repeats <= 0:
+            raise ValueError(f"max_repeats={self.max_repeats:g} draws nothing; use a number above 0, such as 4.")
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
@@ -161,11 +238,7 @@ class Recipe:
             raise ValueError(f"{path} is not YAML: {error}.") from error
         if not isinstance(content, dict):
             raise ValueError(f"{path} holds no recipe; begin with `out:` and `sources:`.")
-        names = [known.name for known in fields(cls)]
-        if unknown := set(content) - set(names):
-            raise ValueError(f"{path}: {', '.join(sorted(map(str, unknown)))} is unknown; use {', '.join(names)}.")
-        if missing := {"out", "sources"} - set(content):
-            raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; see `axk1 curate run --help`.")
+        tables.check(content, RECIPE_KINDS, str(path), needed=["out", "sources"])
         return cls(**content)
 
     def files(self) -> list[tuple[str, str, str]]:
@@ -176,34 +249,11 @@ class Recipe:
         ]
 
 
-def _check_keys(name: str, section: object, allowed: Set[str]) -> None:
-    if not isinstance(section, dict):
-        raise ValueError(f"{name}: {section} is no mapping; write {{}} for none of {sorted(allowed)}.")
-    if unknown := set(section) - allowed:
-        raise ValueError(f"{name}: {sorted(map(str, unknown))} is unknown; use {sorted(allowed)}.")
-
-
-def _check_heuristics(rules: object) -> None:
-    _check_keys("heuristics", rules, set(GOPHER))
+def _check_heuristics(rules: Mapping, where: str) -> None:
+    kinds = dict.fromkeys(HEURISTICS_KINDS, TABLE)
+    tables.check(rules, kinds, f"heuristics of {where}")
     for part, thresholds in rules.items():
-        known = set(inspect.signature(GOPHER[part]).parameters) - {"exclusion_writer", "language"}
-        _check_keys(f"heuristics.{part}", thresholds, known)
-
-
-def _check_list(name: str, section: Mapping | None, key: str, example: str) -> None:
-    if section is not None and not (isinstance(section.get(key), list) and section[key]):
-        raise ValueError(f"{name} needs {key}, a list such as {example}.")
-
-
-def _check_sources(sources: Sequence[Mapping]) -> None:
-    if not sources:
-        raise ValueError("The recipe has no source; give a name and a path each.")
-    for source in sources:
-        if not {"name", "path"} <= set(source) <= SOURCE_KEYS:
-            raise ValueError(f"The source {source} needs name and path, and may have {sorted(SOURCE_KEYS)}.")
-    names = [source["name"] for source in sources]
-    if len(set(names)) < len(names):
-        raise ValueError(f"Two sources have one name in {names}; name them apart.")
+        tables.check(thresholds, HEURISTICS_KINDS[part], f"heuristics.{part} of {where}")
 
 
 def text_of(document: Document) -> str:
@@ -226,7 +276,8 @@ def first_steps(recipe: Recipe, files: list[tuple[str, str, str]], dropped: str)
             # Read to its end here, so that a bad one is refused before the work, not in it.
             collections.deque(evaluation_texts(path), maxlen=0)
         steps.append(Decontaminated(evaluations, dropped, **words))
-    for name in ("quality", "domain", "difficulty"):
+    # Quality, which drops some, comes last: the others then see the same batches, and their features are made once.
+    for name in ("domain", "difficulty", "quality"):
         if section := getattr(recipe, name):
             model = str(Path(section["model"]).resolve())
             steps.append(Classified(name, model, dropped, section.get("minimum", 0.0)))

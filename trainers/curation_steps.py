@@ -8,6 +8,7 @@ import hashlib
 import json
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -38,7 +39,8 @@ class Words(WordTokenizer):
     """Words of any language without a model: datatrove's own tokenizers want spaCy or NLTK's downloads."""
 
     def word_tokenize(self, text: str) -> list[str]:
-        return WORD.findall(text)
+        # datatrove takes accents apart before it asks, and Korean's syllables into letters with them.
+        return WORD.findall(unicodedata.normalize("NFC", text))
 
     def sent_tokenize(self, text: str) -> list[str]:
         return [part.strip() for part in re.split(r"(?<=[.!?。])\s+|\n+", text) if part.strip()]
@@ -254,7 +256,7 @@ class Decontaminated(BaseFilter):
 
 
 def plain_words(text: str) -> list[str]:
-    return WORD.findall(text.casefold())
+    return WORD.findall(unicodedata.normalize("NFC", text).casefold())
 
 
 def hashed_grams(words: Sequence[str], size: int) -> Iterator[int]:

@@ -6,19 +6,73 @@ A stage's context ramp is a list of levels; a level's last step is cut so that t
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from trainers import tables
 from trainers.schedules import DECAYS, batch_ramp, wsd
 
 PHASES = ("stable", "decay", "floor")
 ORDERS = ("shuffled", "easy_to_hard", "hard_to_easy", "as_is")
 # A mixture given in percent with two decimals, or as shares, sums to 1 within this.
 MIXTURE_TOLERANCE = 1e-6
+# What a table may hold. Whether a value makes sense beside the others, `check` says.
+COUNT = tables.whole(0)
+STAGE_COUNTS = ("tokens", "batch_tokens", "batch_tokens_start", "batch_ramp_tokens")
+SHARES = tables.table_of(tables.number(), "{web: 0.7, code: 0.3}")
+ANY_TABLE = tables.Kind("a table", lambda value: isinstance(value, Mapping))
+# Transformers' names; whether they make a RoPE together, the trainer tries before its first step.
+ROPE_KINDS = {
+    "rope_type": tables.TEXT,
+    "rope_theta": tables.number(1),
+    "original_max_position_embeddings": tables.whole(1),
+    "truncate": tables.SWITCH,
+    **dict.fromkeys(("short_factor", "long_factor"), tables.list_of(tables.number(0), "[1.0, 2.0]")),
+    **dict.fromkeys(
+        ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor")
+        + ("high_freq_factor", "partial_rotary_factor"),
+        tables.number(0),
+    ),
+}
+LEVEL_KINDS = {
+    "length": tables.whole(1),
+    "share": tables.number(0, 1),
+    "rope": tables.either(tables.NOTHING, ANY_TABLE),
+}
+STAGE_KINDS = {
+    "name": tables.TEXT,
+    **dict.fromkeys(STAGE_COUNTS, COUNT),
+    "context": tables.either(
+        tables.whole(1),
+        tables.list_of(tables.either(tables.whole(1), ANY_TABLE), "[4096, {length: 16384}]"),
+    ),
+    "mixture": SHARES,
+    "normalise_mixture": tables.SWITCH,
+    "phase": tables.TEXT,
+    "order": tables.TEXT,
+    "repeat": tables.SWITCH,
+}
+FILES = tables.either(
+    tables.TEXT, tables.list_of(tables.TEXT, "[data/a.jsonl]"), tables.Kind("[]", lambda value: value == [])
+)
+SETTING = tables.either(tables.TEXT, tables.number(), tables.SWITCH)
+CURRICULUM_KINDS = {
+    "stages": tables.list_of(tables.Kind("a stage", lambda value: True), "- {name: one, tokens: 1.0e+9, ...}"),
+    "warmup_tokens": COUNT,
+    "decay_floor": tables.number(0, 1),
+    "decay_shape": tables.TEXT,
+    "sources": tables.either(tables.NOTHING, tables.table_of(FILES, "{web: [crawl/*.jsonl]}")),
+    "model": tables.TEXT,
+    "tokenizer": tables.TEXT,
+    "settings": tables.either(
+        tables.NOTHING,
+        tables.table_of(tables.either(SETTING, tables.list_of(SETTING, "[a, b]")), "{learning_rate: 3.0e-4}"),
+    ),
+}
 # Below this a context holds no sentence, and RoPE no position to speak of.
 SHORTEST_CONTEXT = 8
 
@@ -107,67 +161,58 @@ def load_curriculum(path: str | Path, scale: float = 1.0) -> Curriculum:
 
 
 def read_curriculum(table: Mapping[str, Any], scale: float = 1.0) -> Curriculum:
+    """The same of what YAML makes of such a file."""
     if not isinstance(table, Mapping) or not isinstance(table.get("stages"), list) or not table["stages"]:
         raise ValueError(
             "The curriculum has no list `stages`; give one entry a stage, with name, tokens, context and mixture."
         )
-    table = {name: value for name, value in table.items() if name not in ("model", "tokenizer", "settings")}
-    stages = tuple(_stage(row, number) for number, row in enumerate(table.pop("stages")))
-    numbers = {name: _count(table, name) for name in ("warmup_tokens",) if name in table}
-    given = {
-        **table,
-        **numbers,
-        "sources": {name: _names(files) for name, files in (table.get("sources") or {}).items()},
-    }
-    curriculum = Curriculum(stages=stages, **_known(given, Curriculum, "the curriculum"))
+    table = {**table, **_counts(table, ["warmup_tokens"])}
+    tables.check(table, CURRICULUM_KINDS, "the curriculum")
+    named = (table.get("sources") or {}).items()
+    sources = {name: (files,) if isinstance(files, str) else tuple(files) for name, files in named}
+    stages = tuple(_stage(row, number) for number, row in enumerate(table["stages"]))
+    given = {name: table[name] for name in ("warmup_tokens", "decay_floor", "decay_shape") if name in table}
+    curriculum = Curriculum(stages=stages, sources=sources, **given)
     check(curriculum)
     return scaled(curriculum, scale)
 
 
 def _stage(row: Mapping[str, Any], number: int) -> Stage:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"Stage {number} is {row!r}; give name, tokens, context and mixture.")
-    name = row.get("name", f"stage{number + 1}")
-    missing = [key for key in ("tokens", "context", "mixture", "batch_tokens") if key not in row]
-    if missing:
-        raise ValueError(f"Stage {name!r} has no {missing[0]}; give it.")
+    name = row.get("name", f"stage{number + 1}") if isinstance(row, Mapping) else f"stage{number + 1}"
+    where = f"stage {name!r}"
+    row = {**row, **_counts(row, STAGE_COUNTS)} if isinstance(row, Mapping) else row
+    tables.check(row, STAGE_KINDS, where, needed=("tokens", "context", "mixture", "batch_tokens"))
     context = row["context"] if isinstance(row["context"], list) else [row["context"]]
-    levels = [_known(level if isinstance(level, Mapping) else {"length": level}, Level, name) for level in context]
-    if levels and not any("share" in level for level in levels):
+    levels = [level if isinstance(level, Mapping) else {"length": level} for level in context]
+    for level in levels:
+        tables.check(level, LEVEL_KINDS, f"a context of {where}", needed=["length"])
+        if level.get("rope") is not None:
+            tables.check(level["rope"], ROPE_KINDS, f"a rope of {where}", needed=["rope_type", "rope_theta"])
+    if not any("share" in level for level in levels):
         levels = [{**level, "share": 1.0 / len(levels)} for level in levels]
-    counts = {
-        k: _count(row, k) for k in ("tokens", "batch_tokens", "batch_tokens_start", "batch_ramp_tokens") if k in row
-    }
     mixture = {source: float(share) for source, share in row["mixture"].items()}
     total = sum(mixture.values())
     if row.get("normalise_mixture") and total > 0:
         mixture = {source: share / total for source, share in mixture.items()}
     given = {key: value for key, value in row.items() if key != "normalise_mixture"}
-    known = _known({**given, **counts, "name": name, "mixture": mixture}, Stage, f"stage {name!r}")
-    return Stage(**{**known, "context": tuple(Level(**level) for level in levels)})
+    read = {"name": name, "mixture": mixture, "context": tuple(Level(**level) for level in levels)}
+    return Stage(**{**given, **read})
+
+
+def _counts(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, int]:
+    return {name: _count(row, name) for name in names if name in row}
 
 
 def _count(row: Mapping[str, Any], name: str) -> int:
+    value = row[name]
     # YAML reads 7.0e12 as a number and 7e12 as a text.
     try:
-        value = float(row[name])
-    except (TypeError, ValueError):
+        value = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}={row[name]!r} is no number of tokens; write 7.0e+12 or 7000000000000.") from None
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name}={row[name]!r} is no number of tokens; give 0 or more.")
     return round(value)
-
-
-def _names(files: str | Sequence[str]) -> tuple[str, ...]:
-    return (files,) if isinstance(files, str) else tuple(files)
-
-
-def _known(given: Mapping[str, Any], kind: type, where: str) -> dict[str, Any]:
-    names = [each.name for each in fields(kind)]
-    unknown = sorted(given.keys() - set(names))
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} in {where} is no setting; use {', '.join(names)}.")
-    return dict(given)
 
 
 # -- checking -----------------------------------------------------------------------------------------------------

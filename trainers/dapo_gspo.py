@@ -30,6 +30,7 @@ from trl.rewards import get_soft_overlong_punishment
 from modeling_axk1.generation_axk1 import set_thinking_tokens
 from trainers.adapters import group_experts
 from trainers.launching import load_policy
+from trainers.mode_curves import Measure, write_card
 from trainers.mode_overlap import prompt_key
 from trainers.rewards import ON_ERROR, Judge, Tokens, checked, correct_reward, format_reward, has_spread, read
 from trainers.tokenizer import END_THINK, THINK
@@ -379,6 +380,19 @@ def mode_metrics(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
     return metrics
 
 
+# What `mode_metrics` measures, as it is shown.
+COLUMNS = ("accuracy", "format_error", "truncated", "tokens", "all_right", "all_wrong", "keep_rate")
+MEASURES = tuple(
+    Measure(
+        f"{name.replace('_', ' ')}, sampled answers of all rounds",
+        f"{MODE_NAMES[True]}/{name}",
+        f"{MODE_NAMES[False]}/{name}",
+        "tokens" if name == "tokens" else "share",
+    )
+    for name in COLUMNS
+)
+
+
 # -- the trainer --------------------------------------------------------------------------------------------------------
 class DapoGspoTrainer(GRPOTrainer):
     """GRPOTrainer for any causal LM whose tokenizer has `<think>` and `</think>` as single tokens, both modes in one run.
@@ -393,7 +407,9 @@ class DapoGspoTrainer(GRPOTrainer):
     for a batch).
     """
 
+    _name = "reinforcement in both modes (DAPO with GSPO's ratio)"
     _tag_names = ["trl", "grpo", "dapo", "gspo"]
+    measures = MEASURES
 
     def __init__(
         self,
@@ -580,6 +596,10 @@ class DapoGspoTrainer(GRPOTrainer):
             "num_items_in_batch": self.accelerator.gather(mask_BS.sum()).sum(),
         }
 
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """README.md of what is saved, with the modes' curves: in place of TRL's, which knows of no modes."""
+        write_card(self, model_name, dataset_name, tags)
+
     def _log_sampling(self, phase: str, asked: list[Group], slots: list[Group], rounds: int) -> None:
         fates = [group.fate for group in asked]
         dead = sum(not group.alive for group in slots)
@@ -626,9 +646,6 @@ def _require_full_batch(dataset: Dataset, args: DapoGspoConfig) -> None:
 
 
 # -- what is shown ------------------------------------------------------------------------------------------------------
-COLUMNS = ("accuracy", "format_error", "truncated", "tokens", "all_right", "all_wrong", "keep_rate")
-
-
 def mode_table(logs: dict[str, float]) -> str:
     """The two modes' metrics of one log as a small table; empty if it holds none."""
     lines = []

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 
@@ -14,7 +13,9 @@ from trl import ModelConfig, get_peft_config
 
 # Importing the package is what makes AutoModelForCausalLM build our class for model type axk1.
 import modeling_axk1  # noqa: F401
+from trainers import report
 from trainers.adapters import target_names
+from trainers.mode_curves import first_and_last, write_report
 
 LORA_TARGETS = {
     "help": "With use_peft, the parts to adapt: attention, shared (experts), routed (experts), dense (layers), in place of "
@@ -101,20 +102,19 @@ def find_checkpoint(config: TrainingArguments) -> str | None:
     return str(folders[-1]) if folders else None
 
 
-def train_and_save(
-    trainer, dataset: str, write_report: Callable[[Path, list], None], summary: Callable[[list], str]
-) -> None:
-    """Train, going on where asked; the model, its tokenizer and report.html end in `output_dir`, and on the Hub if asked.
-
-    write_report(path, log history) and summary(log history) say what a run of this kind shows.
-    """
+def train_and_save(trainer, dataset: str) -> None:
+    """Train, going on where asked; model, tokenizer, card and report.html end in `output_dir`, and on the Hub if asked."""
     config = trainer.args
     trainer.train(resume_from_checkpoint=find_checkpoint(config))
     trainer.save_model(config.output_dir)
+    history = trainer.state.log_history
     if trainer.is_world_process_zero():
         path = Path(config.output_dir) / "report.html"
-        write_report(path, trainer.state.log_history)
-        print(f"\n{summary(trainer.state.log_history)}\n{config.output_dir}; {path}")
+        write_report(path, trainer._name, history, trainer.measures)
+        rows = first_and_last(history, trainer.measures)
+        shown = report.text_table(rows) if rows else "nothing was logged; logging_steps is longer than the training"
+        print(f"\n{shown}\n{config.output_dir}; {path}")
+    trainer.create_model_card(dataset_name=dataset)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset)
     trainer.accelerator.end_training()

@@ -55,8 +55,12 @@ def split_completion(completion: str | list[dict]) -> tuple[str, str]:
     text = completion_text(completion)
     thought, closed, answer = text.removeprefix(THINK).partition(END_THINK)
     if not closed or any(tag in thought + answer for tag in (THINK, END_THINK)):
-        raise ValueError(f"A thinking completion holds one {END_THINK} and no further tag, got {text!r}.")
+        raise ValueError(f"A thinking completion holds one {END_THINK} and no further tag, got {text[:200]!r}.")
     return thought, answer
+
+
+def has_unknown_tag(text: str) -> bool:
+    return any(tag not in (THINK, END_THINK) for tag in FOREIGN_TAG.findall(text))
 
 
 def prompt_key(prompt: str | list[dict]) -> str:
@@ -202,11 +206,13 @@ def _loosely(text: str) -> str:
 
 def _unreadable(row: dict) -> str | None:
     """Why a row cannot be looked into at all."""
-    if not isinstance((row.get("chat_template_kwargs") or {}).get("enable_thinking"), bool):
+    kwargs, prompt, completion = (row.get(name) for name in ("chat_template_kwargs", "prompt", "completion"))
+    if not isinstance(kwargs, dict) or not isinstance(kwargs.get("enable_thinking"), bool):
         return "chat_template_kwargs without a true or false enable_thinking"
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if not prompt or type(prompt) is not type(completion):
+    if not prompt or type(prompt) is not type(completion) or not isinstance(prompt, (str, list)):
         return "prompt and completion not both text or both messages"
+    if not isinstance(prompt, str) and not all(isinstance(said, dict) and "role" in said for said in prompt + completion):
+        return "message that is no object with a role"
     if not isinstance(prompt, str) and (len(completion) != 1 or completion[0].get("role") != "assistant"):
         return "completion that is not one assistant message"
     if not isinstance(completion, str) and not isinstance(completion[0].get("content"), str):
@@ -230,7 +236,7 @@ def _defects_of_row(prompt: str | list[dict], text: str, thinking: bool) -> list
         defects.append("empty thought")
     if not answer.strip():
         defects.append("empty answer")
-    if any(tag not in (THINK, END_THINK) for tag in FOREIGN_TAG.findall(text)):
+    if has_unknown_tag(text):
         defects.append("unknown tag")
     return defects
 

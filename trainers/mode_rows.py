@@ -8,7 +8,7 @@ from hashlib import sha256
 
 from datasets import Dataset
 
-from trainers.mode_overlap import prompt_key
+from trainers.mode_overlap import has_unknown_tag, prompt_key
 from trainers.tokenizer import END_THINK, THINK
 
 THINKING, NON_THINKING, NO_MODE = 1, 0, -1
@@ -28,6 +28,23 @@ def require_modes(dataset: Dataset, name: str) -> Dataset:
             "chat_template_kwargs; make rows with trainers.mode_overlap.make_row."
         )
     return dataset
+
+
+def warn_of_unknown_tags(dataset: Dataset, name: str) -> None:
+    """Tags of other models are text here, which a model would learn to write; but a row may speak of them, so they stay."""
+    tagged = [row for row, completion in enumerate(dataset["completion"]) if has_unknown_tag(_written(completion))]
+    if tagged:
+        warnings.warn(
+            f"{len(tagged)} of {len(dataset)} {name} rows, e.g. row {tagged[0]}, have a tag in their completion that is no "
+            f"control token here and is learned as text; write {THINK} and {END_THINK} or drop what validate_mode_overlap lists.",
+            stacklevel=2,
+        )
+
+
+def _written(completion: str | list[dict]) -> str:
+    if isinstance(completion, str):
+        return completion
+    return "".join(f"{said.get('reasoning_content') or ''} {said.get('content') or ''}" for said in completion)
 
 
 def apply_history_policy(dataset: Dataset, policy: str) -> Dataset:

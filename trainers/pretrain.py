@@ -4,6 +4,7 @@ Step number i decides everything: stage, context and RoPE, rows, learning rate, 
 needs the step and a few counters, and what is resumed is the same run, bit for bit.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -24,11 +25,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from modeling_axk1.modeling_axk1 import AxK1Attention, AxK1RotaryEmbedding, yarn_softmax_scale
+from trainers import tables
 from trainers.balance import BalanceCallback
 from trainers.curriculum import Curriculum, Step, plan_steps
 from trainers.muon import MuonAdamW
 from trainers.packing import Batches, Packer
-from trainers.safeguards import SpikeDetector, StopRequest, checkpoints_in, seal, sound_checkpoint
+from trainers.safeguards import FEWEST_LOSSES, SpikeDetector, StopRequest, checkpoints_in, seal, sound_checkpoint
 from trainers.schedules import bias_rate
 from trainers.token_store import Source
 
@@ -39,6 +41,20 @@ CHOICES = {
     "recompute": ("none", "selective", "full"),
     "on_spike": ("skip", "rollback", "ignore"),
 }
+# Of our own settings, what a number may be.
+RANGES = {
+    "learning_rate": tables.number(0),
+    "weight_decay": tables.number(0),
+    "adam_beta2": tables.number(0, 1),
+    "muon_momentum": tables.number(0, 1),
+    "balance_rate": tables.number(0),
+    "balance_until": tables.number(0, 1),
+    "spike_window": tables.whole(FEWEST_LOSSES),
+    "spike_sigmas": tables.number(0),
+    "most_bad_steps": tables.whole(1),
+}
+# Settings that an optimizer's saved state brings along: a run that goes on with others would not get them.
+OF_THE_STATE = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "muon_momentum")
 # TrainingArguments' own settings of what the stages say.
 PLANNED = (
     "max_steps",
@@ -106,12 +122,18 @@ class PretrainConfig(TrainingArguments):
             value = getattr(self, name)
             if value != self.__dataclass_fields__[name].default:
                 raise ValueError(f"{name}={value} is the plan's to decide; use --scale, or change the stages.")
+        tables.check({name: getattr(self, name) for name in RANGES}, RANGES, "the settings")
         # Our own counters say where to go on; replaying all batches would take days.
         self.ignore_data_skip = True
         super().__post_init__()
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} does not exist; use one of {', '.join(allowed)}.")
+        kind = str(self.optim.value)
+        if not kind.startswith("adamw"):
+            raise ValueError(f"optim={kind} is no AdamW; use one of transformers' adamw_..., or optimizer='muon'.")
+        if self.optimizer == "muon" and (kind != self.__dataclass_fields__["optim"].default or self.optim_args):
+            raise ValueError(f"optim={kind} says which AdamW and optimizer='muon' has torch's; leave one of them out.")
         if self.resume_from_checkpoint == "none":
             self.resume_from_checkpoint = None
         if self.n_gpu > 1:
@@ -171,6 +193,7 @@ class PretrainTrainer(Trainer):
         self._run_dir: str | None = None
         self._stop = StopRequest()
         self.balance = BalanceCallback(model, self._balance_rate)
+        check_ropes(model, curriculum)
         set_context(model, rope_at(curriculum, self.steps[0]), longest_context(curriculum))
         self.add_callback(self.balance)
         self.add_callback(StageCallback(self))
@@ -358,6 +381,7 @@ class PretrainTrainer(Trainer):
     def _state(self) -> dict[str, Any]:
         return {
             "optimizer": self.args.optimizer,
+            "optimizer_settings": self._optimizer_settings(),
             "plan": self.plan_mark(),
             "step": self.state.global_step,
             "data": self.packer.state(),
@@ -380,12 +404,22 @@ class PretrainTrainer(Trainer):
                 f"The checkpoint in {self.args.output_dir} was trained with optimizer={state['optimizer']} and this run has "
                 f"{self.args.optimizer}; go on with that one, or give another output_dir."
             )
+        now = self._optimizer_settings()
+        for name, before in state.get("optimizer_settings", now).items():
+            if now[name] != before:
+                raise ValueError(
+                    f"The checkpoint in {self.args.output_dir} was trained with {name}={before}, which its optimizer brings "
+                    f"along, and this run has {now[name]}; go on with {before}, or give another output_dir."
+                )
         self.batches.begin = state["step"]
         self.packer.load_state(state["data"])
         self.balance.load_state(state["balance"])
         self.spikes.losses.extend(state["losses"])
         self.events, self.stage_loads = state["events"], state["stage_loads"]
         self._skips, self._bad_in_a_row = state["skips"], state["bad_in_a_row"]
+
+    def _optimizer_settings(self) -> dict[str, Any]:
+        return {"optim": self.args.optim.value, **{name: getattr(self.args, name) for name in OF_THE_STATE}}
 
     def plan_mark(self) -> str:
         """Changes with every step of the plan; not with the number of ranks that share a step."""
@@ -408,6 +442,24 @@ def rope_at(curriculum: Curriculum, step: Step) -> Mapping[str, Any] | None:
     levels += curriculum.stages[step.stage].context[: step.level + 1]
     asked = [level.rope for level in levels if level.rope is not None]
     return asked[-1] if asked else None
+
+
+def check_ropes(model: PreTrainedModel, curriculum: Curriculum) -> None:
+    """ValueError for a RoPE that cannot be made: the last level's would otherwise be found out weeks later."""
+    for stage in curriculum.stages:
+        for level in stage.context:
+            if level.rope is None:
+                continue
+            config = copy.deepcopy(model.config)
+            config.rope_parameters = dict(level.rope)
+            try:
+                AxK1RotaryEmbedding(config)
+                yarn_softmax_scale(config.rope_parameters)
+            except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+                raise ValueError(
+                    f"The rope {dict(level.rope)} of stage {stage.name!r} cannot be made ({error!r}); use a rope_type of "
+                    "transformers with all that it needs."
+                ) from error
 
 
 def set_context(model: PreTrainedModel, rope: Mapping[str, Any] | None, longest: int) -> None:

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgu
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
 from modeling_axk1.configuration_axk1 import PRESETS
-from trainers import report
-from trainers.curriculum import Curriculum, load_curriculum
+from trainers import report, tables
+from trainers.curriculum import CURRICULUM_KINDS, Curriculum, load_curriculum
 from trainers.mtp import MTPCallback
 from trainers.pretrain import PretrainConfig, PretrainTrainer
 from trainers.token_store import described, end_of_text, prepare
@@ -90,7 +90,9 @@ def _flags_of(path: Path) -> list[str]:
     except (yaml.YAMLError, UnicodeDecodeError):
         return []
     table = table if isinstance(table, dict) else {}
-    given = {name: table[name] for name in ("model", "tokenizer") if name in table} | (table.get("settings") or {})
+    ours = {name: table[name] for name in ("model", "tokenizer", "settings") if name in table}
+    tables.check(ours, CURRICULUM_KINDS, str(path))
+    given = ours | (ours.pop("settings", None) or {})
     flags = []
     for name, value in given.items():
         flags += [f"--{name}", *(str(each) for each in (value if isinstance(value, list) else [value]))]

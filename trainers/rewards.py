@@ -94,7 +94,7 @@ def checked(function: Callable, *, on_error: str = "raise") -> Callable[..., lis
 
     def named(completion_ids, **columns) -> list[float | None]:
         try:
-            rewards = list(function(completion_ids=completion_ids, **columns))
+            rewards = [None if each is None else float(each) for each in function(completion_ids=completion_ids, **columns)]
         except Exception as error:
             problem = f"the reward function {name} failed with {type(error).__name__}: {error}"
             _report(problem, on_error, error)
@@ -115,13 +115,12 @@ def _judged(judge: Judge, answer: str, row: dict, place: int, on_error: str) -> 
     name, cause = getattr(judge, "__name__", type(judge).__name__), None
     try:
         verdict = judge(answer, row)
-    except Exception as error:
-        problem, cause = f"failed with {type(error).__name__}: {error}", error
-    else:
-        # True, 1, 1.0 and numpy's: equal to one or zero. NaN equals nothing.
+        # True, 1, 1.0 and numpy's: equal to one or zero. NaN equals nothing; of an array it cannot be said.
         if verdict in (0, 1):
             return 1.0 if verdict else -1.0
         problem = f"said {verdict!r} where True or False was expected"
+    except Exception as error:
+        problem, cause = f"failed with {type(error).__name__}: {error}", error
     _report(f"the judge {name} {problem}, for {_row_name(row, place)}, answer {answer[:80]!r}", on_error, cause)
     return math.nan
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset, load_from_disk
 from trl import ModelConfig, TrlParser, get_quantization_config
 
-from trainers import report
-from trainers.dapo_gspo import COLUMNS, MODE_NAMES, DapoGspoConfig, DapoGspoTrainer, mode_table
+from trainers.dapo_gspo import DapoGspoConfig, DapoGspoTrainer
 from trainers.launching import LORA_TARGETS, name_lora, require_model, train_and_save
 from trainers.rewards import JUDGES, find_judge
 
@@ -97,7 +96,7 @@ def draw_from_gym(families: Sequence[str], size: int) -> Dataset:
 
 
 def run_rl(settings: Sequence[str]) -> DapoGspoTrainer:
-    """Train by the settings; the model, its tokenizer and report.html end in `output_dir`."""
+    """Train by the settings; the model, its tokenizer, its card and report.html end in `output_dir`."""
     arguments, config, model = parse(settings)
     # A judge of one's own lies where the command is given, which an installed script does not search.
     sys.path.insert(0, os.getcwd())
@@ -119,27 +118,6 @@ def run_rl(settings: Sequence[str]) -> DapoGspoTrainer:
         peft_config=name_lora(model, arguments.lora_targets, config.trust_remote_code),
         quantization_config=get_quantization_config(model),
     )
-    train_and_save(trainer, arguments.dataset, write_report, first_and_last)
+    train_and_save(trainer, arguments.dataset)
     return trainer
 
-
-def first_and_last(history: Sequence[dict]) -> str:
-    """The tables of the first and the last log: where the modes began and where they are."""
-    logs = [log for log in history if mode_table(log)]
-    return "\n".join(f"step {log['step']}\n{mode_table(log)}" for log in logs[:1] + logs[1:][-1:])
-
-
-def write_report(path: Path, history: Sequence[dict]) -> None:
-    """One chart a metric, a curve a mode, over the steps of a run."""
-    pieces = [report.paragraph("On the sampled answers of each step's prompts, all rounds of sampling included.")]
-    for name in COLUMNS:
-        series = {
-            mode.replace("_", "-"): [(log["step"], log[f"{mode}/{name}"]) for log in history if f"{mode}/{name}" in log]
-            for mode in MODE_NAMES.values()
-        }
-        shown = {mode: points for mode, points in series.items() if points}
-        if shown:
-            words = name.replace("_", " ")
-            unit = "tokens an answer" if name == "tokens" else "share"
-            pieces.append(report.line_chart(shown, caption=words, x_label="step", y_label=unit))
-    path.write_text(report.page("Reinforcement in both modes", pieces), encoding="utf-8")

@@ -5,13 +5,11 @@ Under `accelerate launch` every process runs this.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_quantization_config
 
-from trainers import report
 from trainers.launching import LORA_TARGETS, name_lora, require_model, train_and_save
 from trainers.mode_overlap import load_mode_overlap, prompt_key, validate_mode_overlap
 from trainers.think_fusion import ThinkFusionConfig, ThinkFusionTrainer
@@ -65,7 +63,7 @@ def parse(settings: Sequence[str]) -> tuple[SftArguments, ThinkFusionConfig, Mod
 
 
 def run_sft(settings: Sequence[str]) -> ThinkFusionTrainer:
-    """Train by the settings; the model, its tokenizer and report.html end in `output_dir`."""
+    """Train by the settings; the model, its tokenizer, its card and report.html end in `output_dir`."""
     arguments, config, model = parse(settings)
     config.model_init_kwargs = {
         "revision": model.model_revision,
@@ -91,7 +89,7 @@ def run_sft(settings: Sequence[str]) -> ThinkFusionTrainer:
         peft_config=name_lora(model, arguments.lora_targets, config.trust_remote_code),
         quantization_config=get_quantization_config(model),
     )
-    train_and_save(trainer, arguments.dataset, write_report, first_and_last)
+    train_and_save(trainer, arguments.dataset)
     return trainer
 
 
@@ -118,39 +116,3 @@ def distinct_prompts(rows: Dataset, count: int) -> list[str | list[dict]]:
     prompts = {prompt_key(prompt): prompt for prompt in rows["prompt"]}
     return list(prompts.values())[:count]
 
-
-# -- what is shown ------------------------------------------------------------------------------------------------
-SHOWN = {
-    "loss of each mode": ("loss_thinking", "loss_non_thinking"),
-    "held-out loss of each mode": ("eval_loss_thinking", "eval_loss_non_thinking"),
-    "format error on the probe prompts": ("probe_format_error_thinking", "probe_format_error_non_thinking"),
-    "truncated answers to the probe prompts": ("probe_truncation_thinking", "probe_truncation_non_thinking"),
-    "tokens an answer, probe prompts": ("probe_tokens_thinking", "probe_tokens_non_thinking"),
-}
-
-
-def curve(history: Sequence[dict], name: str) -> list[tuple[float, float]]:
-    return [(log["step"], log[name]) for log in history if name in log]
-
-
-def first_and_last(history: Sequence[dict]) -> str:
-    """Where each mode began and where it is."""
-    rows = []
-    for title, names in SHOWN.items():
-        for name, mode in zip(names, ("thinking", "non-thinking")):
-            if points := curve(history, name):
-                first, last = (f"{value:.4g} (step {step})" for step, value in (points[0], points[-1]))
-                rows.append({"what": title, "mode": mode, "first": first, "last": last})
-    return report.text_table(rows) if rows else "nothing was logged; logging_steps is longer than the training"
-
-
-def write_report(path: Path, history: Sequence[dict]) -> None:
-    """One chart a measure, a curve a mode, over the steps of a run."""
-    pieces = []
-    for title, names in SHOWN.items():
-        series = {mode: curve(history, name) for name, mode in zip(names, ("thinking", "non-thinking"))}
-        shown = {mode: points for mode, points in series.items() if points}
-        if shown:
-            unit = "nats a token" if "loss" in title else "tokens" if "tokens" in title else "share"
-            pieces.append(report.line_chart(shown, caption=title, x_label="step", y_label=unit))
-    path.write_text(report.page("Think-Fusion SFT", pieces), encoding="utf-8")

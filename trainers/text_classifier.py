@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +48,15 @@ def measures(text: str) -> list[float]:
 
 
 def features(texts: Sequence[str]):
-    """Sparse fp64 [texts, FEATURES + MEASURES]; nothing in it is learned."""
+    """Sparse fp64 [texts, FEATURES + MEASURES]; nothing in it is learned, so classifiers in turn share those of one batch."""
+    return _features(tuple(text[:MAX_CHARACTERS] for text in texts))
+
+
+@lru_cache(1)
+def _features(texts: tuple[str, ...]):
     from scipy.sparse import csr_matrix, hstack
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    texts = [text[:MAX_CHARACTERS] for text in texts]
     hashed = HashingVectorizer(
         analyzer="char_wb", ngram_range=(1, 4), n_features=FEATURES, alternate_sign=False, lowercase=False
     )
@@ -233,6 +238,18 @@ def load_classifier(folder: str | Path) -> LinearClassifier | TransformersClassi
     labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return TransformersClassifier(labels, model, tokenizer, card.get("temperature", 1.0))
+
+
+def labels_of(folder: str | Path) -> list[str]:
+    """The labels of what `load_classifier` would load, without its weights."""
+    folder = Path(folder)
+    if (folder / CARD).exists():
+        return json.loads((folder / CARD).read_text())["labels"]
+    from transformers import AutoConfig
+
+    import modeling_axk1  # noqa: F401  registers AxK1Config
+
+    return list(AutoConfig.from_pretrained(folder, trust_remote_code=False).id2label.values())
 
 
 def _write_card(folder: Path, kind: str, labels: Sequence[str], temperature: float) -> None:

@@ -19,6 +19,7 @@ from modeling_axk1.generation_axk1 import set_thinking_tokens
 from trainers.adapters import group_experts
 from trainers.evaluation import evaluate_mode
 from trainers.launching import load_policy
+from trainers.mode_curves import Measure, write_card
 from trainers.mode_order import EpochSampler, draw_mix, order_units, pair_rows
 from trainers.mode_rows import (
     NO_MODE,
@@ -30,6 +31,7 @@ from trainers.mode_rows import (
     leave_out_overlong,
     require_modes,
     warn_of_lone_prompts,
+    warn_of_unknown_tags,
 )
 from trainers.tokenizer import END_THINK, THINK
 
@@ -120,6 +122,19 @@ def own_order(args: ThinkFusionConfig) -> bool:
     return args.pairing == "paired" or args.thinking_ratio is not None or by_length
 
 
+MEASURES = (
+    Measure("loss of each mode", "loss_thinking", "loss_non_thinking", "nats a token"),
+    Measure("held-out loss of each mode", "eval_loss_thinking", "eval_loss_non_thinking", "nats a token"),
+    Measure(
+        "format error on the probe prompts", "probe_format_error_thinking", "probe_format_error_non_thinking", "share"
+    ),
+    Measure(
+        "truncated answers to the probe prompts", "probe_truncation_thinking", "probe_truncation_non_thinking", "share"
+    ),
+    Measure("tokens an answer, probe prompts", "probe_tokens_thinking", "probe_tokens_non_thinking", "tokens"),
+)
+
+
 class ThinkFusionTrainer(SFTTrainer):
     """SFTTrainer for any causal LM whose tokenizer has `<think>` and `</think>` as single tokens.
 
@@ -134,6 +149,10 @@ class ThinkFusionTrainer(SFTTrainer):
     ValueError for rows whose completion does not begin right behind its mode's control token (the chat template renders modes
     in another way), for rows without a mode, and for pairs that are none.
     """
+
+    _name = "Think-Fusion SFT"
+    _tag_names = ["trl", "sft", "think-fusion"]
+    measures = MEASURES
 
     def __init__(
         self,
@@ -166,6 +185,7 @@ class ThinkFusionTrainer(SFTTrainer):
             raise ValueError("A streamed dataset can be neither counted nor paired; load it without streaming.")
         if "input_ids" in dataset.column_names or "prompt" not in dataset.column_names:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        warn_of_unknown_tags(dataset, dataset_name)
         dataset = apply_history_policy(require_modes(dataset, dataset_name), args.history_thoughts)
         # TRL would cut long rows and drop some without a word: it gets no limit, and `leave_out_overlong` counts.
         unlimited = copy.copy(args)
@@ -252,6 +272,10 @@ class ThinkFusionTrainer(SFTTrainer):
         ):
             logs |= self.probe()
         super().log(logs, start_time)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """README.md of what is saved, with the modes' curves: in place of TRL's, which knows of no modes."""
+        write_card(self, model_name, dataset_name, tags)
 
     def probe(self) -> dict[str, float]:
         """Format error, truncation and tokens of each mode's greedy answers to the probe prompts. Draws no random number."""

@@ -9,6 +9,7 @@ from conversion.config_map import (
     REFUSED,
     REQUIRED,
     arguments_from_config,
+    check_numbers,
     config_from_arguments,
     layer_types_said,
     megatron_attention_factor,
@@ -167,3 +168,19 @@ def test_the_choice_without_a_bias():
     assert config_from_arguments(args, **found(config) | {"has_bias": False}).topk_method == "greedy"
     grouped = args | {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
     assert config_from_arguments(grouped, **found(config) | {"has_bias": False}).topk_method == "noaux_tc"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_experts", "%9999999999d"), ("make_vocab_size_divisible_by", [0]), ("hidden_size", 2**80), ("beta_fast", {})],
+)
+def test_what_is_reckoned_with_is_a_number(name, value):
+    """`"%9999999999d" % 8` is a text of ten gigabytes, `[0] * 10**10` a list of eighty."""
+    with pytest.raises(ValueError, match=f"argument {name} is a {type(value).__name__} that no model has"):
+        check_numbers({"num_layers": 4, name: value})
+    check_numbers({"num_layers": 4, "vocab_size": None, "rotary_base": 10000.0})
+
+
+def test_a_layer_list_is_of_reasonable_length():
+    with pytest.raises(ValueError, match="neither a number nor a list"):
+        layer_types_said({"num_layers": 4, "moe_layer_freq": "[1]" + "+[1]" * 10**6})

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from conversion.ops import Mosaic, read
-from conversion.torch_file import Inert, open_torch_file, plain, unpickle
+from conversion.torch_file import Budget, Inert, numbers_in, open_pickle, open_torch_file, plain, unpickle
 
 
 def saved(tmp_path, value, **options):
@@ -91,7 +91,7 @@ class Rebuilt:
 
 
 def test_a_tensor_is_rebuilt_by_torch_only(tmp_path):
-    with pytest.raises(ValueError, match="a tensor is to be rebuilt by <class 'set'>"):
+    with pytest.raises(ValueError, match="a tensor is to be rebuilt by a builtins.set"):
         open_torch_file(saved(tmp_path, Rebuilt()))
 
 
@@ -215,6 +215,68 @@ def test_small_files_cannot_ask_for_much(tmp_path):
     path = saved(tmp_path, {"w": torch.zeros(8, 2)[:, :1].expand(8, 10**9)})
     with pytest.raises(ValueError, match="the file is damaged"):
         open_torch_file(path)
+
+
+# A tuple that holds itself, as it was one level below, twice: hashed or shown, eighty levels never end.
+NESTED = b")q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(80))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"}" + NESTED + b"K\x01s.", "a tuple is part of a dict's key"),
+        (b"}(" + NESTED + b"K\x01u.", "a tuple is part of a dict's key"),
+        (b"(" + NESTED + b"K\x01d.", "a tuple is part of a dict's key"),
+        (b"}cbuiltins\nslice\n" + NESTED + b"\x85RK\x01s.", "a slice is part of a dict's key"),
+        (b"}\x8b\x10\x00\x00\x00" + b"\x01" * 16 + b"K\x01s.", "a int is part of a dict's key"),
+        (b"cargparse\nNamespace\n)\x81" + NESTED + b"K\x01s.", "a tuple is part of a dict's key"),
+        (b"\x8f(" + NESTED + b"\x90.", "a tuple is part of a dict's key"),
+        (b"(" + NESTED + b"\x91.", "a tuple is part of a dict's key"),
+        (b"ccollections\nOrderedDict\n]" + NESTED + b"K\x01\x86a\x85R.", "an OrderedDict is made of entries"),
+        (b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n" + NESTED + b"K\x00K\x01tQ.", "refers to a tuple"),
+        (NESTED + b"Q.", "refers to a tuple"),
+        (b"ctorch._tensor\n_rebuild_from_type_v2\n(" + NESTED + b"K\x01)K\x01tR.", "is to be rebuilt by a tuple"),
+        (b"\x96" + (2**34).to_bytes(8, "little") + b".", "asks for room for a bytearray"),
+    ],
+    ids="setitem setitems dict slice int attribute additems frozenset ordered storage id rebuilt bytearray".split(),
+)
+def test_a_hundred_bytes_cannot_ask_for_a_lifetime(tmp_path, content, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        unpickle(io.BytesIO(b"\x80\x05" + content), tmp_path)
+
+
+def test_sets_are_stand_ins(tmp_path):
+    found = unpickle(io.BytesIO(b"\x80\x02cbuiltins\nset\n]" + NESTED + b"a\x85R."), tmp_path)
+    assert isinstance(found, Inert)
+    assert plain(open_torch_file(saved(tmp_path, {"args": argparse.Namespace(a={1})}))["args"]) == {"a": [1]}
+
+
+def test_wide_values_end_too(tmp_path):
+    """A list of one list a thousand times, at each of six levels; a text of a megabyte a thousand times."""
+    wide = "x"
+    for _ in range(6):
+        wide = [wide] * 1000
+    found = open_torch_file(saved(tmp_path, {"args": argparse.Namespace(a=wide), "state": wide[0]}))
+    with pytest.raises(ValueError, match="has more than 16,777,216 parts"):
+        plain(argparse_of(["x" * 2**20] * 1000))
+    with pytest.raises(ValueError, match="has more than 4,096 parts"):
+        numbers_in(found["state"])
+    with pytest.raises(ValueError, match="parts"):
+        plain(found["args"], budget=Budget(10**4))
+
+
+def argparse_of(value) -> Inert:
+    namespace = Inert()
+    namespace.kind, namespace.state = "argparse.Namespace", {"a": value}
+    return namespace
+
+
+def test_a_pickle_of_its_own_is_bounded(tmp_path, monkeypatch):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps("x" * 100))
+    assert open_pickle(tmp_path / ".metadata") == "x" * 100
+    monkeypatch.setattr("conversion.torch_file.MAX_PICKLE_BYTES", 100)
+    with pytest.raises(ValueError, match=r"\.metadata is too large \(its pickle has \d+ bytes\)"):
+        open_pickle(tmp_path / ".metadata")
 
 
 def test_a_pickle_cannot_change_what_it_names(tmp_path):

@@ -98,6 +98,44 @@ def test_parquet():
     assert read(b"PAR1 not really", "parquet")[1] == {"broken Parquet": 1}
 
 
+def test_large_documents_of_parquet_are_held_a_few_at_a_time():
+    buffer = io.BytesIO()
+    texts = [str(n) * 200_000 for n in range(100, 200)]
+    # Compressed, a page would be unpacked whole: that is its writer's choice.
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), buffer, use_dictionary=False, compression="none")
+    before, held = pyarrow.total_allocated_bytes(), []
+    for record, text in zip(read_records(buffer, "parquet", Counter()), texts, strict=True):
+        assert record.text == text
+        held.append(pyarrow.total_allocated_bytes() - before)
+    assert max(held) < 20_000_000, "60 MB of texts at once"
+
+
+def test_a_document_of_parquet_above_the_limit_never_becomes_a_text():
+    buffer, counts = io.BytesIO(), Counter()
+    texts = ["good", "x" * 40_000_000, "last"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), buffer)
+    tracemalloc.start()
+    records = list(read_records(buffer, "parquet", counts, max_bytes=1_000_000))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [record.position for record in records] == [0, 2] and counts["too large"] == 1
+    assert peak_bytes < 20_000_000
+
+
+@pytest.mark.parametrize("format", ["text", "warc", "parquet", "jsonl"])
+def test_a_document_above_the_limit_is_counted_in_every_format(format):
+    text = "word " * 300_000
+    if format == "parquet":
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), buffer)
+        content = buffer.getvalue()
+    else:
+        content = {"text": text.encode(), "jsonl": json.dumps({"text": text}).encode()}.get(format)
+        content = content or warc_record("conversion", "text/plain", text.encode(), http=False)
+    assert read(content, format, max_bytes=1_000_000) == ([], {"too large": 1})
+    assert read(content, format, max_bytes=2_000_000)[1] == {"documents": 1, "bytes": len(text)}
+
+
 def test_damaged_pages_of_parquet_are_counted():
     buffer = io.BytesIO()
     texts = [f"{n} {n * n} text" for n in range(2000)]

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import sys
+import unicodedata
 from pathlib import Path
 
 import dill
@@ -316,26 +317,39 @@ def test_without_datatrove_the_extra_is_named(tmp_path, monkeypatch, capsys):
         ({"mixture": {"web": 0.8, "code": 0.1}}, "must be numbers from 0 that sum to 1, got {'code': 0.1, 'web': 0.8}"),
         ({"mixture": {"web": 1.2, "code": -0.2}}, "must be numbers from 0 that sum to 1"),
         ({"mixture": {"web": 0.6, "code": 0.4}}, "names code, web, the sources' domains are unknown"),
-        ({"sources": []}, "has no source"),
-        ({"sources": [{"name": "a"}]}, "needs name and path"),
+        ({"sources": []}, "is []; give a list such as - {name: web"),
+        ({"sources": [{"name": "a"}]}, "Source 'a' has no path; give a text"),
         ({"sources": [{"name": "a", "path": "b"}, {"name": "a", "path": "c"}]}, "one name"),
         ({"sources": [{"name": "a", "path": "absent"}]}, "names no file"),
-        ({"mixture": {"unknown": "60%"}}, "must be numbers from 0 that sum to 1, got {'unknown': '60%'}"),
-        ({"language": {"minimum": 0.5}}, "language needs keep, a list such as [en, ko]"),
-        ({"language": {"keep": "en"}}, "language needs keep, a list such as [en, ko]"),
-        ({"decontaminate": {}}, "decontaminate needs evaluations, a list"),
-        ({"decontaminate": {"evaluations": []}}, "decontaminate needs evaluations, a list"),
-        ({"decontaminate": {"evaluations": ["text.txt"], "words": 4}}, "words=4 is below 5"),
-        ({"deduplicate": None}, "deduplicate: None is no mapping; write {}"),
-        ({"heuristics": {"quality": {"min_words": 3}}}, "heuristics.quality: ['min_words'] is unknown; use ['max_"),
-        ({"sources": [{"name": "a", "path": "b", "heuristics": {"gopher": {}}}]}, "['gopher'] is unknown"),
-        ({"slurm": {"partition": "cpu"}}, "slurm lacks time"),
-        ({"language": {"only": ["en"]}}, "language: ['only'] is unknown"),
+        ({"mixture": {"unknown": "60%"}}, "is {'unknown': '60%'}; give null or a table such as {web: 0.7"),
+        ({"language": {"minimum": 0.5}}, "Language has no keep; give a list such as [en, ko]"),
+        ({"language": {"keep": "en"}}, "keep of language is 'en'; give a list such as [en, ko]"),
+        ({"decontaminate": {}}, "Decontaminate has no evaluations; give a list"),
+        ({"decontaminate": {"evaluations": []}}, "evaluations of decontaminate is []; give a list"),
+        ({"decontaminate": {"evaluations": ["text.txt"], "words": 4}}, "words of decontaminate is 4; give a whole number from 5"),
+        ({"deduplicate": None}, "is None; give a table"),
+        ({"heuristics": {"quality": {"min_words": 3}}}, "'min_words' in heuristics.quality of the recipe is no"),
+        ({"sources": [{"name": "a", "path": "b", "heuristics": {"gopher": {}}}]}, "'gopher' in heuristics of source 'a'"),
+        ({"slurm": {"partition": "cpu"}}, "Slurm has no time; give a text such as \"10:00:00\", in quotes"),
+        ({"language": {"only": ["en"]}}, "'only' in language is no setting; use keep, minimum"),
         ({"quality": {"minimum": 0.5}}, "names no folder with a classifier"),
         ({"quality": {"model": "absent"}}, "names no folder with a classifier"),
-        ({"tasks": 0}, "must all be positive"),
+        ({"tasks": 0}, "is 0; give a whole number from 1"),
+        ({"max_repeats": 0}, "max_repeats=0 draws nothing"),
+        ({"mixture": ["web"]}, "is ['web']; give null or a table"),
+        ({"slurm": True}, "is True; give a table or null"),
+        ({"slurm": {"partition": "cpu", "time": 36000}}, "time of slurm is 36000; give a text such as"),
+        ({"slurm": {"partition": "cpu", "time": "1:00:00", "tasks": 3}}, "'tasks' in slurm is no setting"),
+        ({"seed": "1"}, "is '1'; give a whole number from 0"),
+        ({"max_document_bytes": -1}, "is -1; give a whole number from 1"),
+        ({"sources": ["text.txt"]}, "give a list such as - {name"),
+        ({"sources": [{"name": "a", "path": ["text.txt"]}]}, "path of source 'a' is ['text.txt']; give a text"),
+        ({"quality": {"model": ".", "minimum": float("nan")}}, "minimum of quality is nan; give a number from 0 to 1"),
+        ({"deduplicate": {"exact": "yes"}}, "exact of deduplicate is 'yes'; give true or false"),
+        ({"heuristics": {"quality": {"min_doc_words": "many"}}}, "is 'many'; give a number from 0 or null"),
+        ({"heuristics": {"repetition": {"top_n_grams": [2]}}}, "is [2]; give a list of pairs"),
         ({"decontaminate": {"evaluations": ["absent.jsonl"]}}, "names no file"),
-        ({"colour": "blue"}, "colour is unknown; use out, sources"),
+        ({"colour": "blue"}, "recipe.yaml is no setting; use out, sources"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -354,6 +368,14 @@ def test_a_mixture_names_every_domain_there_will_be(planted, tmp_path):
         with pytest.raises(ValueError, match="the sources' domains are code, web"):
             recipe_of(planted[0], tmp_path, sources=sources, domain=None, mixture=mixture)
     recipe_of(planted[0], tmp_path, sources=sources, domain=None, mixture={"web": 1.0, "code": 0.0})
+
+
+def test_a_mixture_asks_for_what_the_classifier_can_give(planted, tmp_path):
+    for changes in ({"mixture": {"web": 0.5, "program": 0.5}}, {"mixture": {"web": 0.5, "books": 0.5}}):
+        with pytest.raises(ValueError, match="the domain classifier and sources know code, web; train it"):
+            recipe_of(planted[0], tmp_path, **changes)
+    sources = [{"name": "books", "path": str(planted[0]), "domain": "books"}]
+    recipe_of(planted[0], tmp_path, sources=sources, mixture={"web": 0.5, "books": 0.5, "absent": 0.0})
 
 
 def test_the_shipped_recipe_is_consistent():
@@ -474,3 +496,26 @@ def test_words_of_any_script():
         "の",
         "x_1",
     ]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_near_copies_of_short_korean_texts_are_found(tmp_path, form):
+    """A review of 15 words in which one was changed, its syllables whole or, as some systems write them, taken apart."""
+    rng = random.Random(5)
+    words = ["".join(chr(rng.randrange(0xAC00, 0xD7A4)) for _ in range(rng.randint(2, 4))) for _ in range(800)]
+    reviews = [[rng.choice(words) for _ in range(15)] for _ in range(100)]
+    copies = [[*review[:place], rng.choice(words), *review[place + 1 :]] for review in reviews for place in [rng.randrange(15)]]
+    texts = [" ".join(text) for text in reviews] + [unicodedata.normalize(form, " ".join(text)) for text in copies]
+    (tmp_path / "reviews.jsonl").write_bytes(lines(texts))
+    out = curate(Recipe(str(tmp_path / "out"), [{"name": "ko", "path": str(tmp_path / "reviews.jsonl")}]))
+    kept = {unicodedata.normalize("NFC", row["text"]) for row in rows_of(out / "documents")}
+    pairs = [(" ".join(a), " ".join(b)) for a, b in zip(reviews, copies)]
+    assert all(a in kept or b in kept for a, b in pairs), "both of a pair were dropped"
+    assert sum(a in kept and b in kept for a, b in pairs) <= 5
+
+
+def test_evaluation_questions_are_found_however_their_letters_are_encoded(tmp_path):
+    question = "철수는 사과를 열두 개 가지고 있고 영희에게 다섯 개를 주었다"
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": unicodedata.normalize("NFD", question)}))
+    step = Decontaminated([str(tmp_path / "eval.jsonl")], str(tmp_path))
+    assert step.filter(document(question)) == (False, "in eval.jsonl")

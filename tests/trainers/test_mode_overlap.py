@@ -101,6 +101,7 @@ DEFECTS = {
         *pair(),
         {**pair()[0], "chat_template_kwargs": None},
     ],
+    "message that is no object with a role": [*pair(), {**pair()[0], "prompt": [{"content": "q"}], "completion": ["a"]}],
     "unknown tag": pair(thinking="<thinking>a</think>b"),
     "prompt and completion not both text or both messages": [*pair(), {**pair()[0], "completion": "text"}],
     "completion that is not one assistant message": [*pair(), {**pair()[0], "completion": say("a") + say("b")}],
@@ -118,6 +119,17 @@ def test_each_defect_is_found_alone_and_shown(name):
     with pytest.raises(ValueError, match="has defects") as raised:
         report.require_sound()
     assert name in str(raised.value) and '"prompt"' in str(raised.value)
+
+
+def test_rows_of_any_type_are_reported_rather_than_fallen_over():
+    strange = [{"chat_template_kwargs": "thinking"}, {"prompt": 3, "completion": 4}, {"prompt": {}, "completion": {"a": 1}}, {}]
+    report = validate_mode_overlap([*pair(), *({**pair()[0], **row} for row in strange)])
+    assert report.defects == {
+        "chat_template_kwargs without a true or false enable_thinking": [2],
+        "prompt and completion not both text or both messages": [3, 4],
+        "duplicate of an earlier row": [5],
+    }
+    assert report.rows_per_mode == {"thinking": 2, "non-thinking": 1} and "row 4" in str(report)
 
 
 @pytest.mark.parametrize("thinking", ["thought", "<think>a</think>b"])

@@ -331,6 +331,15 @@ def test_another_optimizer_does_not_go_on_from_this_checkpoint(straight):
         trainer_of(out, optimizer="muon").train("latest")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("weight_decay", 0.0), ("adam_beta2", 0.9), ("muon_momentum", 0.5), ("optim", "adamw_anyprecision")]
+)
+def test_what_the_optimizers_state_brings_along_is_never_changed_in_silence(straight, name, value):
+    _, out = straight
+    with pytest.raises(ValueError, match=f"was trained with {name}=.* and this run has {value}; go on with"):
+        trainer_of(out, **{name: value}).train("latest")
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_lower_learning_rate_holds_from_where_it_goes_on(tmp_path, optimizer):
     killed = trainer_of(tmp_path, optimizer=optimizer)
@@ -349,6 +358,13 @@ def test_a_lower_learning_rate_holds_from_where_it_goes_on(tmp_path, optimizer):
 def test_settings_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="optimizer='sgd' does not exist; use one of adamw, muon"):
         PretrainConfig(output_dir=str(tmp_path), use_cpu=True, optimizer="sgd")
+    for name, value in (("weight_decay", -1.0), ("balance_until", 2.0), ("spike_window", 0), ("most_bad_steps", 0)):
+        with pytest.raises(ValueError, match=f"{name} of the settings is {value}; give a .*number from"):
+            PretrainConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+    with pytest.raises(ValueError, match="optim=adafactor is no AdamW"):
+        PretrainConfig(output_dir=str(tmp_path), use_cpu=True, optim="adafactor")
+    with pytest.raises(ValueError, match="optim=adamw_bnb_8bit says which AdamW and optimizer='muon' has torch's"):
+        PretrainConfig(output_dir=str(tmp_path), use_cpu=True, optim="adamw_bnb_8bit", optimizer="muon")
     for name, value in (("max_steps", 10), ("warmup_steps", 5), ("lr_scheduler_type", "cosine")):
         with pytest.raises(ValueError, match=f"{name}={value} is the plan's to decide; use --scale"):
             PretrainConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
@@ -361,6 +377,14 @@ def test_settings_that_cannot_be_are_refused(tmp_path):
     args = PretrainConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match="bfloat16 weights and training needs fp32 masters"):
         PretrainTrainer(model, args, read_curriculum(STAGES), {"web": text(60, 0), "code": text(40, 1)})
+
+
+def test_a_rope_that_cannot_be_made_is_refused_before_the_first_step(tmp_path):
+    table = json.loads(json.dumps(STAGES))
+    for rope, problem in (({"rope_type": "yarn"}, "KeyError.'factor'"), ({"rope_type": "yarm"}, "KeyError.'yarm'")):
+        table["stages"][1]["context"][1]["rope"] = rope | {"rope_theta": 1e4}
+        with pytest.raises(ValueError, match=f"of stage 'second' cannot be made .{problem}"):
+            trainer_of(tmp_path, table)
 
 
 # -- parts --------------------------------------------------------------------------------------------------------

@@ -138,6 +138,10 @@ STAGE = {"name": "one", "tokens": 640, "context": 16, "batch_tokens": 64, "mixtu
         (("--optimizer", "sgd"), None, "cannot be read; see axk1 pretrain --all-settings"),
         (("--nonsense", "1"), None, "--nonsense is no setting"),
         (("--scale", "1e-12"), None, "At scale=1e-12"),
+        ((), {"stages": [STAGE], "settings": ["optimizer"]}, "is ['optimizer']; give null or a table"),
+        ((), {"stages": [STAGE], "model": 3}, "is 3; give a text"),
+        ((), {"stages": [STAGE | {"mixture": ["web"]}]}, "mixture of stage 'one' is ['web']"),
+        ((), {"stages": [STAGE], "settings": {"learning_rate": "high"}}, "cannot be read; see axk1 pretrain --all-settings"),
     ],
 )
 def test_refusals_are_one_sentence(files, tmp_path, capsys, more, table, said):

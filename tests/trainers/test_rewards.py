@@ -92,7 +92,7 @@ def test_the_judge_reads_its_own_row():
     assert rows == [{"prompt": p, "answer": a, "thinking": False} for p, a in zip("pq", "ab")]
 
 
-@pytest.mark.parametrize("verdict", [math.nan, None, 0.5, "yes", ZeroDivisionError("by zero")], ids=repr)
+@pytest.mark.parametrize("verdict", [math.nan, None, 0.5, "yes", ZeroDivisionError("by zero"), torch.ones(2)], ids=repr)
 def test_a_judge_that_fails_is_named_or_skipped_aloud(verdict, caplog):
     def shaky(answer, row):
         if row["prompt"] == "fine":
@@ -134,6 +134,8 @@ def test_a_shaping_reward_is_checked_but_may_say_none(caplog):
         checked(bonus)(values=[(1, 2), (math.nan, 4)], **good)
     with pytest.raises(ValueError, match="bonus failed with ZeroDivisionError"):
         checked(bonus)(values=[(1, 2), (1, 0)], **good)
+    with pytest.raises(ValueError, match="<lambda> failed with ValueError: could not convert string to float: 'good'"):
+        checked(lambda **columns: ["good", 1.0])(**good)
     counted = []
     skipping = checked(bonus, on_error="skip")
     with caplog.at_level(logging.WARNING):

@@ -71,9 +71,13 @@ def weights(folder):
 def test_trains_saves_and_resumes_bit_identical(start, tmp_path, capsys):
     assert axk1.main(command(start, tmp_path / "a")) == 0
     shown = capsys.readouterr().out
-    assert "step 1\n" in shown and "step 2\n" in shown and "non_thinking" in shown and "report.html" in shown
+    assert "(step 1)" in shown and "(step 2)" in shown and "report.html" in shown
+    assert {"thinking", "non-thinking"} <= {word for line in shown.splitlines() if "keep rate" in line for word in line.split()}
     page = (tmp_path / "a" / "report.html").read_text()
     assert page.count("<svg") == 7 and "keep rate" in page and "non-thinking" in page
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert f"| base model | `{start.name}` |" in card and "| dataset | `problems.jsonl` |" in card and "gspo" in card
+    assert "keep rate" in card and "| non-thinking |" in card
     # The second half again, from the first half's checkpoint alone.
     (tmp_path / "b").mkdir()
     kept = (tmp_path / "a" / "checkpoint-1").rename(tmp_path / "b" / "checkpoint-1") / "trainer_state.json"

@@ -325,6 +325,13 @@ def test_prompts_in_one_mode_only_are_counted_or_refused(tokenizer, tmp_path):
         trainer.get_train_dataloader()
 
 
+def test_unknown_tags_are_counted(tokenizer, tmp_path):
+    tagged = [make_row(ask("2 + 2"), "four", "<reasoning>two</reasoning>"), *ROWS[1:]]
+    with pytest.warns(UserWarning, match="1 of 4 train rows, e.g. row 0, have a tag .* no control token here and"):
+        trainer = trainer_of(llama(), tokenizer, tmp_path, tagged)
+    assert len(trainer.train_dataset) == 4
+
+
 def test_a_template_that_renders_modes_in_another_way_is_refused(tokenizer, tmp_path):
     # As Qwen3's does: the thought is opened by the model, a direct answer follows an empty thought.
     other = copy.deepcopy(tokenizer)
