@@ -953,6 +953,8 @@ class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin, DraftingGene
         """As transformers', which `generate_batch` and its server call, with pages that hold latents."""
         manager = super().init_continuous_batching(*args, **kwargs)
         if manager.batch_processor is None:
+            # FlashAttention's kernel for decoding out of block tables would take half latents for keys.
+            manager.continuous_batching_config.max_blocks_per_request = 0
             # The pages' sizes are read from the configuration, once.
             config, self.config = self.config, page_sizes(self.config)
             try:

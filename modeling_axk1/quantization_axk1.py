@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -474,31 +475,66 @@ def quantized_bytes(config: AxK1Config, form: str = "nf4 double") -> int:
     return sum(block_bytes(config, form))
 
 
-def cards_needed(config: AxK1Config, form: str, card_bytes: int) -> tuple[int, int] | None:
-    """(cards, tokens): how many cards hold the weights in order, no layer split over two, RESERVE left free; and how many
-    cached tokens, of all requests together, the fullest card's layers then have room for. None if a layer fits no card.
+class Card(NamedTuple):
+    """What one card holds: bytes of weights, and decoder layers, each of which caches every token."""
+
+    weight_bytes: int
+    layers: int
+
+    def tokens(self, config: AxK1Config, usable_bytes: float) -> int:
+        """How many cached tokens, of all requests together, it has room for: latent and rotated key of each layer in bf16."""
+        token_bytes = 2 * self.layers * (config.kv_lora_rank + config.qk_rope_head_dim)
+        return max(0, int((usable_bytes - self.weight_bytes) // max(token_bytes, 1)))
+
+
+def with_layers(sizes: list[int]) -> list[tuple[int, int]]:
+    """What `block_bytes` gives as (bytes, layers): all are layers but the first, the embedding, and the last, the head."""
+    return [(size, int(0 < place < len(sizes) - 1)) for place, size in enumerate(sizes)]
+
+
+def in_order(blocks: list[tuple[int, int]], capacity: int) -> list[Card]:
+    """Blocks of (bytes, layers) onto as few cards of that capacity as hold them, each block behind the one before."""
+    cards: list[Card] = []
+    for size, layers in blocks:
+        if cards and cards[-1].weight_bytes + size <= capacity:
+            cards[-1] = Card(cards[-1].weight_bytes + size, cards[-1].layers + layers)
+        else:
+            cards.append(Card(size, layers))
+    return cards
+
+
+def deal(config: AxK1Config, form: str, cards: int, *, tensor: int = 1, expert: int = 1) -> list[Card]:
+    """A model on so many cards, no layer on two, the fullest as empty as it can be; tensor, expert: see `block_bytes`."""
+    blocks = with_layers(block_bytes(config, form, tensor=tensor, expert=expert))
+    low, high = max(blocks)[0], sum(size for size, _ in blocks)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(in_order(blocks, middle)) <= cards else (middle + 1, high)
+    return in_order(blocks, low)
+
+
+def cards_needed(config: AxK1Config, form: str, card_bytes: int, activation_bytes: float = 0) -> tuple[int, int] | None:
+    """(cards, tokens): how many cards hold the weights, no layer on two, RESERVE left free; and how many cached tokens the first
+    card to fill up then has room for beside `activation_bytes`. None if a layer fits no card.
     """
-    usable = int((1 - RESERVE) * card_bytes)
-    cards = [[]]
-    for size in block_bytes(config, form):
-        if size > usable:
-            return None
-        if sum(cards[-1]) + size > usable:
-            cards.append([])
-        cards[-1].append(size)
-    # Latent and rotated key in bf16. Embedding and head, counted as layers here, cache nothing: a little too careful.
-    per_layer = 2 * (config.kv_lora_rank + config.qk_rope_head_dim)
-    return len(cards), min((usable - sum(card)) // (len(card) * per_layer) for card in cards)
+    usable, sizes = int((1 - RESERVE) * card_bytes), block_bytes(config, form)
+    if max(sizes) > usable:
+        return None
+    dealt = deal(config, form, len(in_order(with_layers(sizes), usable)))
+    return len(dealt), min(card.tokens(config, usable - activation_bytes) for card in dealt)
 
 
-def cards_table(config: AxK1Config, cards_gb: tuple[int, ...] = (24, 80, 141)) -> list[dict[str, str]]:
+def cards_table(
+    config: AxK1Config, cards_gb: tuple[int, ...] = (24, 80, 141), activation_bytes: float = 0
+) -> list[dict[str, str]]:
     """What fits, a row for each of FORMS: gigabytes (1e9 bytes) of weights, cards of each size and the tokens that they cache."""
     rows = []
     for form in FORMS:
         row = {"linear layers": form, "weights": f"{quantized_bytes(config, form) / 1e9:.1f} GB"}
         for card_gb in cards_gb:
-            fit = cards_needed(config, form, card_gb * 10**9)
-            row[f"cards of {card_gb} GB"] = "no layer fits" if fit is None else f"{fit[0]} ({fit[1]:,} tokens)"
+            fit = cards_needed(config, form, card_gb * 10**9, activation_bytes)
+            said = "no layer fits" if fit is None else f"{fit[0]} ({fit[1]:,} tokens)" if fit[1] else f"{fit[0]} (weights alone)"
+            row[f"cards of {card_gb} GB"] = said
         rows.append(row)
     return rows
 

@@ -66,7 +66,7 @@ def test_an_error_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, argume
 
 
 def test_an_error_of_the_program_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(axk1, "info", lambda **options: {}["bug"])
+    monkeypatch.setattr(axk1.planning, "info", lambda **options: {}["bug"])
     with pytest.raises(KeyError):
         axk1.main(["info", "k1"])
 
@@ -75,7 +75,7 @@ def test_interrupted(monkeypatch, capsys):
     def interrupt(**options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(axk1, "info", interrupt)
+    monkeypatch.setattr(axk1.planning, "info", interrupt)
     assert axk1.main(["info", "k1"]) == 130
     assert capsys.readouterr().err == "axk1: interrupted\n"
 

@@ -6,12 +6,11 @@ Weights are counted where they are stored, in `modeling_axk1/quantization_axk1.p
 """
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from modeling_axk1 import AxK1Config, count_parameters
-from modeling_axk1.quantization_axk1 import block_bytes, quantized_bytes
+from modeling_axk1.quantization_axk1 import Card, deal, quantized_bytes
 from trainers.cluster import GPUS, Gpu, find_gpu, linear_elements
 from trainers.report import text_table
 
@@ -47,7 +46,7 @@ PRECISIONS = (
 
 @dataclass(frozen=True)
 class Serving:
-    """One way that fits: `layout` in the engine's words, bytes of the fullest GPU, and the tokens that all caches hold."""
+    """One way that fits: `layout` in the engine's words, bytes of the GPU that fills up first, and the tokens of all caches."""
 
     gpu: str
     precision: str
@@ -72,26 +71,10 @@ def token_bytes(config: AxK1Config, layers: int) -> int:
     return 2 * layers * (config.kv_lora_rank + config.qk_rope_head_dim)
 
 
-def fullest_stage(
-    config: AxK1Config, precision: Precision, stages: int, *, tensor: int, expert: int
-) -> tuple[int, int]:
-    """Weight bytes a GPU of the fullest of `stages` stages, and the most layers that one holds.
-
-    The first stage has the embedding, the last the last norm and the head; both matrices lie over `tensor` GPUs. Layers are
-    dealt as evenly as they go.
-    """
-    embedding, *layers, head = block_bytes(config, precision.name, tensor=tensor, expert=expert)
-    bounds = [round(stage * len(layers) / stages) for stage in range(stages + 1)]
-    loads = [sum(layers[start:stop]) for start, stop in zip(bounds, bounds[1:])]
-    loads[0] += embedding
-    loads[-1] += head
-    return max(loads), math.ceil(len(layers) / stages)
-
-
 def layouts(
     config: AxK1Config, precision: Precision, gpu: Gpu, gpus: int
-) -> Iterator[tuple[str, float, float, int, str]]:
-    """(layout, weight bytes a GPU, cache bytes a token, groups of requests that have caches of their own, command).
+) -> Iterator[tuple[str, list[Card], int, str]]:
+    """(layout, what a GPU of each stage holds, groups of requests that have caches of their own, command).
 
     vLLM: tensor parallel inside a node, pipeline over nodes; or attention whole on each GPU, each with its own requests. In both
     the experts are dealt over the GPUs that share a layer. transformers: layers one after another (device_map="auto").
@@ -99,26 +82,24 @@ def layouts(
     layers = config.num_hidden_layers
     if precision.engine == "transformers":
         if gpus <= min(layers, gpu.node_gpus):
-            load, most = fullest_stage(config, precision, gpus, tensor=1, expert=1)
             bits = f"load_in_{precision.bits}bit=True" + (
                 ", bnb_4bit_use_double_quant=True" * (precision.name == "nf4 double")
             )
             kind = ', bnb_4bit_quant_type="nf4"' * (precision.bits == 4)
             command = f'from_pretrained(MODEL, device_map="auto", quantization_config=BitsAndBytesConfig({bits}{kind}))'
-            yield f"layers over {gpus}", load, token_bytes(config, most), 1, command
+            yield f"layers over {gpus}", deal(config, precision.name, gpus), 1, command
         return
     tensor = min(gpus, gpu.node_gpus)
     stages, expert_flag = gpus // tensor, " --enable-expert-parallel"
     fp8 = " --quantization fp8" * (precision.name == "fp8")
     if config.num_attention_heads % tensor == 0 and config.n_routed_experts % tensor == 0 and stages <= layers:
-        load, most = fullest_stage(config, precision, stages, tensor=tensor, expert=tensor)
         command = f"vllm serve MODEL{fp8} --tensor-parallel-size {tensor}{expert_flag * (tensor > 1)}"
         command += f" --pipeline-parallel-size {stages}" * (stages > 1)
-        yield f"TP{tensor} EP{tensor} PP{stages}", load, token_bytes(config, most), 1, command
+        dealt = deal(config, precision.name, stages, tensor=tensor, expert=tensor)
+        yield f"TP{tensor} EP{tensor} PP{stages}", dealt, 1, command
     if gpus > 1 and config.n_routed_experts % gpus == 0:
-        load, most = fullest_stage(config, precision, 1, tensor=1, expert=gpus)
         command = f"vllm serve MODEL{fp8} --data-parallel-size {gpus}{expert_flag}"
-        yield f"DP{gpus} EP{gpus}", load, token_bytes(config, most), gpus, command
+        yield f"DP{gpus} EP{gpus}", deal(config, precision.name, 1, expert=gpus), gpus, command
 
 
 def fit(
@@ -126,14 +107,17 @@ def fit(
 ) -> Iterator[Serving]:
     """The layouts on so many GPUs whose caches hold `batch` sequences of `context` tokens."""
     activations = activation_bytes(config)
-    for layout, load, per_token, groups, command in layouts(config, precision, gpu, gpus):
-        free = USABLE * gpu.memory_bytes - load - activations
-        tokens = max(0, math.floor(free / per_token))
+    usable = USABLE * gpu.memory_bytes - activations
+    for layout, dealt, groups, command in layouts(config, precision, gpu, gpus):
+        if max(card.weight_bytes for card in dealt) > usable:
+            continue
+        first = min(dealt, key=lambda card: card.tokens(config, usable))
+        tokens = first.tokens(config, usable)
         sequences = groups * (tokens // context)
         if sequences >= batch:
             yield Serving(
-                gpu.name, precision.name, gpus, layout, quantized_bytes(config, precision.name), load, activations, per_token,
-                groups * tokens, sequences, command,
+                gpu.name, precision.name, gpus, layout, quantized_bytes(config, precision.name), first.weight_bytes,
+                activations, token_bytes(config, first.layers), groups * tokens, sequences, command,
             )  # fmt: skip
 
 

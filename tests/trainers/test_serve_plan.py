@@ -1,5 +1,6 @@
 """Does a serving plan count what a model, its cache and its quantisation really weigh, and find the fewest GPUs?"""
 
+import itertools
 import json
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from transformers import DynamicCache
 
 import axk1
-from modeling_axk1 import AxK1Config, count_parameters
-from modeling_axk1.quantization_axk1 import cards_needed, matrix_bytes, quantized_bytes
+from modeling_axk1 import AxK1Config, count_parameters, quantization_axk1
+from modeling_axk1.quantization_axk1 import Card, cards_needed, deal, matrix_bytes, quantized_bytes
 from tests.random_models import ours, random_config
 from trainers.serve_plan import (
     PRECISIONS,
@@ -16,7 +17,6 @@ from trainers.serve_plan import (
     USABLE,
     activation_bytes,
     fit,
-    fullest_stage,
     plan_serving,
     token_bytes,
 )
@@ -91,19 +91,31 @@ def test_a_tensor_parallel_gpu_has_the_split_tensors_in_part_and_the_others_whol
         "embed",
     )
     real = sum(size / (2 if any(part in name for part in split) else 1) for name, size in real_bytes(model).items())
-    assert fullest_stage(model.config, BF16, 1, tensor=2, expert=2) == (real, model.config.num_hidden_layers)
+    assert deal(model.config, "bf16", 1, tensor=2, expert=2) == [Card(real, model.config.num_hidden_layers)]
 
 
 def test_stages_hold_all_layers_and_the_first_the_embedding():
     config = AxK1Config.preset("nano", num_hidden_layers=5)
     embedding = head = 2 * config.vocab_size * config.hidden_size
     whole = quantized_bytes(config, "bf16")
-    assert fullest_stage(config, BF16, 1, tensor=1, expert=1) == (whole, 5)
-    load, most = fullest_stage(config, BF16, 5, tensor=1, expert=1)
-    assert most == 1
+    assert deal(config, "bf16", 1) == [Card(whole, 5)]
     sparse = (whole - embedding - head - 2 * config.hidden_size) / 5
-    assert load > sparse + min(embedding, head)
-    assert fullest_stage(config, BF16, 2, tensor=1, expert=1)[1] == 3
+    for cards in (2, 3, 5, 7):
+        dealt = deal(config, "bf16", cards)
+        assert len(dealt) <= cards
+        assert sum(card.weight_bytes for card in dealt) == whole and sum(card.layers for card in dealt) == 5
+    assert max(deal(config, "bf16", 5)).weight_bytes > sparse + min(embedding, head)
+    assert max(card.layers for card in deal(config, "bf16", 2)) == 3
+
+
+def test_the_fullest_card_is_as_empty_as_it_can_be():
+    """Beside every other way to cut the same blocks."""
+    config = AxK1Config.preset("nano", num_hidden_layers=5)
+    blocks = quantization_axk1.block_bytes(config, "nf4")
+    for cards in (2, 3, 4):
+        cuts = itertools.combinations(range(1, len(blocks)), cards - 1)
+        least = min(max(sum(blocks[i:j]) for i, j in itertools.pairwise((0, *cut, len(blocks)))) for cut in cuts)
+        assert max(deal(config, "nf4", cards)).weight_bytes == least
 
 
 def test_a_token_costs_what_the_cache_holds():
@@ -133,8 +145,8 @@ def test_fewest_gpus_and_what_they_hold():
     # 1,038 GB do not go into 8 x 127 GB, 522 GB do, layer by layer into five; three cards hold 295 GB, two do not.
     assert [found[name].gpus for name in ("bf16", "fp8", "int8", "nf4", "nf4 double")] == [16, 8, 5, 3, 3]
     for name in ("int8", "nf4", "nf4 double"):
-        weights_alone, _ = cards_needed(K1, name, 141 * 10**9)
-        assert weights_alone == found[name].gpus, "what `axk1 info` says beside it"
+        said = cards_needed(K1, name, 141 * 10**9, activation_bytes(K1))
+        assert said == (found[name].gpus, found[name].cache_tokens), "what `axk1 info` says beside it"
     assert not list(fit(K1, NF4, GPU["h200"], 2, context=1, batch=1))
     assert not list(fit(K1, BF16, GPU["h200"], 8, context=1, batch=1))
     every = {way.gpu for way in plan_serving(K1)}
