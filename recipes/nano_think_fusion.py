@@ -2,6 +2,7 @@
 
     problems -> tokenizer -> base -> instruct  (answers at once)   -> merged (0.8) -> fused (MOD) -> both modes measured
                                   -> reasoning (works, then answers) /
+                                  -> early (a little MOD) -> reinforced (DAPO with GSPO's ratio), measured before and after
 
 Read it from `main` downwards or upwards: every stage is one function that fills one folder. A stage's folder appears
 only when the stage is finished, so a run that was killed goes on from its last finished stage, with the same numbers.
@@ -23,7 +24,9 @@ from pathlib import Path
 
 import datasets
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -40,6 +43,7 @@ from modeling_axk1.modeling_axk1 import AxK1TopkRouter
 from recipes.nano_problems import Problem, draw_problems, score
 from trainers import report
 from trainers.evaluation import evaluate_mode
+from trainers.mode_curves import Measure
 from trainers.mode_overlap import build_mode_overlap, make_row, save_mode_overlap, validate_mode_overlap
 from trainers.think_fusion import ThinkFusionConfig, ThinkFusionTrainer
 from trainers.tokenizer import END_OF_TEXT, train_tokenizer
@@ -318,6 +322,52 @@ def reload_with_stock(folder: Path, model_dir: Path, problem: Problem, settings:
     return said | {"question": problem.question, "answer": problem.answer}
 
 
+# -- reinforcement ------------------------------------------------------------------------------------------------
+# The final model has nothing left to learn by trial: all right where it thinks, at chance where it does not. So reinforcement
+# begins at a model that MOD made of the base and that was stopped early, as in recipes/rl_nano.py, in less time.
+RL_UPDATES = 30
+# A batch is not waited for longer than three rounds: groups that are still dead are masked.
+MAX_RESAMPLE_ROUNDS = 2
+
+
+def rl_test_problems(settings: Settings) -> int:
+    """Measured four times, greedily and sampled, before and after: fewer than the final model's."""
+    return max(2, round(0.6 * settings.test_problems))
+
+
+def can_reinforce() -> bool:
+    """Whether TRL has what DapoGspoTrainer builds on; Python 3.10 gets an older one."""
+    return Version(trl.__version__) >= Version("1.16")
+
+
+def reinforce_early(stage: Callable, out: Path, tokenizer, problems: Problems, settings: Settings) -> None:
+    """Two stages: a little MOD from the base, then both modes by reinforcement; both measured greedily and as sampled."""
+    # rl_nano is built on this file.
+    from recipes import rl_nano
+
+    scale = min(1.0, settings.fused_steps / Settings.fused_steps)
+    rl_settings = rl_nano.Settings(
+        seed=settings.seed,
+        threads=settings.threads,
+        base_steps=settings.base_steps,
+        start_steps=min(200, settings.fused_steps),
+        instructions=max(2, round(scale * rl_nano.Settings.instructions)),
+        test_problems=rl_test_problems(settings),
+        max_new_tokens=settings.max_new_tokens,
+    )
+    # The early model comes from the base, so the two SFT stages' problems are new to it.
+    drawn = rl_nano.Problems(
+        base=problems.base,
+        fused=problems.fused[: rl_settings.start_steps * settings.batch_rows // 2],
+        rl=problems.reasoning[: rl_settings.rl_problems],
+        check=problems.instruct[:100],
+        test=problems.test[: rl_settings.test_problems],
+    )
+    stage("early", rl_nano.fuse_a_little, out / "base", tokenizer, drawn, rl_settings)
+    rl = {"updates": max(1, round(scale * RL_UPDATES)), "max_resample_rounds": MAX_RESAMPLE_ROUNDS}
+    stage("reinforced", rl_nano.reinforce, out / "early", tokenizer, drawn, rl_settings, dynamic=True, **rl)
+
+
 # -- what is shown ------------------------------------------------------------------------------------------------
 def mode_table(modes: list[dict]) -> list[dict]:
     """The result as shown: shares in percent, units in the head."""
@@ -334,6 +384,21 @@ def mode_table(modes: list[dict]) -> list[dict]:
     ]
 
 
+def problems_asked(settings: Settings) -> str:
+    fewer = f", the early models' {rl_test_problems(settings)} of them" if can_reinforce() else ""
+    return f"{settings.test_problems} held-out problems{fewer}"
+
+
+def closing_table(results: dict[str, dict]) -> list[dict]:
+    """The final model; below it, where reinforcement began and where it ended: greedy, and at temperature 1 as it samples."""
+    measured = {"fused": results["evaluation"]["modes"]}
+    if "reinforced" in results:
+        for how, key in (("", "modes"), (", t=1", "sampled")):
+            for name, label in (("early", "early"), ("reinforced", "early + RL")):
+                measured[label + how] = results[name][key]
+    return [{"model": label} | row for label, modes in measured.items() for row in mode_table(modes)]
+
+
 def show_sample(sample: dict) -> str:
     return (
         f"{sample['class']}\n\n{sample['question']}\n(right answer: {sample['answer']!r})\n\n"
@@ -345,11 +410,11 @@ def write_report(path: Path, settings: Settings, results: dict[str, dict]) -> No
     evaluation = results["evaluation"]
     pieces = [
         report.paragraph(
-            f"{settings.test_problems} held-out problems of reasoning-gym, greedy decoding, nothing enforced. "
+            f"{problems_asked(settings)} of reasoning-gym, greedy decoding unless t=1 is said, nothing enforced. "
             "Problems, answers and verdicts are reasoning-gym's, the short wording of the questions is ours. "
             "Format error: share of outputs that break their mode's format. Truncated: cut by the length limit."
         ),
-        report.table(mode_table(evaluation["modes"])),
+        report.table(closing_table(results)),
         report.heading("By problem family"),
         report.table([row | {"accuracy": f"{row['accuracy']:.1%}"} for row in evaluation["families"]]),
         report.heading("Loss"),
@@ -365,6 +430,8 @@ def write_report(path: Path, settings: Settings, results: dict[str, dict]) -> No
         (by_mode, "Think-Fusion SFT: loss of each mode"),
     ):
         pieces.append(report.line_chart(series, caption=caption, x_label="step", y_label="loss (log)", log_y=True))
+    if "reinforced" in results:
+        pieces += reinforcement_charts(results["reinforced"]["history"])
     pieces.append(report.heading("Expert load of the final model"))
     for mode, load in evaluation["expert_load"].items():
         rows = [f"MoE layer {number}" for number in range(1, len(load) + 1)]
@@ -379,6 +446,21 @@ def write_report(path: Path, settings: Settings, results: dict[str, dict]) -> No
         report.preformatted(json.dumps(asdict(settings), indent=1)),
     ]
     path.write_text(report.page("A.X K1 at nano scale: one model, two modes", pieces), encoding="utf-8")
+
+
+def reinforcement_charts(history: list[dict]) -> list[str]:
+    measures = (
+        Measure("Right answers among the sampled ones", "thinking/accuracy", "non_thinking/accuracy", "share"),
+        Measure("Format errors among the sampled answers", "thinking/format_error", "non_thinking/format_error", "share"),
+    )
+    said = (
+        "The final model has nothing left to learn by trial, so reinforcement begins at one that MOD made of the base, stopped "
+        "when a third of its thinking answers were right. Groups of answers without spread are replaced by others (DAPO)."
+    )
+    charts = [
+        report.line_chart(each.curves(history), caption=each.title, x_label="update", y_label=each.unit) for each in measures
+    ]
+    return [report.heading("Reinforcement of an early model"), report.paragraph(said), *charts]
 
 
 # -- the job ------------------------------------------------------------------------------------------------------
@@ -403,6 +485,10 @@ def run(out: Path, settings: Settings) -> dict[str, dict]:
     stage("fused", fuse, out / "merged", tokenizer, problems, settings)
     stage("evaluation", evaluate, out / "fused", tokenizer, problems.test, settings)
     stage("stock", reload_with_stock, out / "fused", problems.test[0], settings)
+    if can_reinforce():
+        reinforce_early(stage, out, tokenizer, problems, settings)
+    else:
+        print(f"[reinforced] left out: it needs TRL 1.16 (Python 3.11), found {trl.__version__}", flush=True)
     return results
 
 
@@ -425,6 +511,8 @@ Stages, each a folder in --out:
   merged      0.8 * reasoning + 0.2 * instruct
   fused       SFT on the Mode-Overlap Dataset: the final model
   evaluation  both modes on held-out problems         stock      the final model reloaded by transformers alone
+  early       SFT on the Mode-Overlap Dataset from base, stopped early
+  reinforced  both modes of it by reinforcement (DAPO with GSPO's ratio), measured before and after
 and report.html, readable offline.
 
 Killed? Run the same command again: finished stages are kept, the one under way starts over, the numbers are the same.
@@ -452,9 +540,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     path = options.out / "report.html"
     write_report(path, settings, results)
     print(f"\nOne problem, both modes, by {show_sample(results['stock'])}")
-    print(
-        f"\n{settings.test_problems} held-out problems\n{report.text_table(mode_table(results['evaluation']['modes']))}"
-    )
+    print(f"\n{problems_asked(settings)}\n{report.text_table(closing_table(results))}")
     print(f"\n{sum(result['elapsed_s'] for result in results.values()):.0f} s in all; {path}")
     return results
 

@@ -123,7 +123,7 @@ def rl_rows(problems: Sequence[Problem]) -> list[dict]:
     return [{"prompt": p.messages, "entry": json.dumps(p.entry)} for p in problems]
 
 
-def rl_config(folder: Path, settings: Settings, *, dynamic: bool, updates: int) -> DapoGspoConfig:
+def rl_config(folder: Path, settings: Settings, *, dynamic: bool, updates: int, **more) -> DapoGspoConfig:
     return DapoGspoConfig(
         str(folder),
         dynamic_sampling=dynamic,
@@ -149,17 +149,21 @@ def rl_config(folder: Path, settings: Settings, *, dynamic: bool, updates: int) 
         bf16=False,
         gradient_checkpointing=False,
         dataloader_pin_memory=False,
+        **more,
     )
 
 
 def reinforce(
-    folder: Path, start: Path, tokenizer, problems: Problems, settings: Settings, *, dynamic: bool, updates: int
+    folder: Path, start: Path, tokenizer, problems: Problems, settings: Settings, *, dynamic: bool, updates: int, **more
 ) -> dict:
-    """RL in both modes from `start`. `tokens` of the result: all that were generated, those of dropped groups too."""
+    """RL in both modes from `start`. `tokens` of the result: all that were generated, those of dropped groups too.
+
+    `more` are further settings of DapoGspoConfig.
+    """
     trainer = DapoGspoTrainer(
         str(start),
         judge_reasoning_gym,
-        rl_config(folder, settings, dynamic=dynamic, updates=updates),
+        rl_config(folder, settings, dynamic=dynamic, updates=updates, **more),
         Dataset.from_list(rl_rows(problems.rl)),
         processing_class=tokenizer,
     )

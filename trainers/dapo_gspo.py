@@ -10,10 +10,8 @@ Axes: N groups, G completions a group, F reward functions, B rows of this proces
 """
 
 import math
-import random
-from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import trl
@@ -29,16 +27,14 @@ from trl.rewards import get_soft_overlong_punishment
 
 from modeling_axk1.generation_axk1 import set_thinking_tokens
 from trainers.adapters import group_experts
+from trainers.dynamic_sampling import Group, Rollout, fill_slots, group_rollouts, groups_to_ask, mode_metrics
 from trainers.launching import load_policy
 from trainers.mode_curves import Measure, write_card
-from trainers.mode_overlap import prompt_key
-from trainers.rewards import ON_ERROR, Judge, Tokens, checked, correct_reward, format_reward, has_spread, read
-from trainers.tokenizer import END_THINK, THINK
+from trainers.mode_prompts import MODE_NAMES, MODES, PairedSampler, draw_instructions, pair_modes
+from trainers.rewards import ON_ERROR, Judge, Tokens, checked, correct_reward, format_reward
 
 logger = logging.get_logger(__name__)
 
-MODES = {"both": (True, False), "thinking": (True,), "non-thinking": (False,)}
-MODE_NAMES = {True: "thinking", False: "non_thinking"}
 # Clip range of the ratio.  [GSPO 5.1; DAPO 4.1]
 CLIP = {"sequence": (3e-4, 4e-4), "token": (0.2, 0.28)}
 AGGREGATION = {"sequence": "grpo", "token": "dapo"}
@@ -176,208 +172,6 @@ class DapoGspoConfig(GRPOConfig):
 def _require_choice(name: str, value, choices) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}.")
-
-
-# -- prompts --------------------------------------------------------------------------------------------------------
-def render_prompt(
-    tokenizer, prompt: str | list[dict], thinking: bool, template_kwargs: dict | None = None
-) -> list[int]:
-    """Token ids of an instruction, ended by its mode's control token: by the chat template, or appended to a text.
-
-    ValueError where the chat template ends the turn in some way of its own.
-    """
-    tag = THINK if thinking else END_THINK
-    control = tokenizer.convert_tokens_to_ids(tag)
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt_key(prompt) + tag)["input_ids"]
-    else:
-        both = [
-            tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=True, enable_thinking=mode, **(template_kwargs or {})
-            )["input_ids"]
-            for mode in (thinking, not thinking)
-        ]
-        # A template that does not know the modes leaves the turn bare.
-        ids = [*both[0], control] if both[0] == both[1] else both[0]
-    if ids[-1] != control:
-        raise ValueError(
-            f"A {MODE_NAMES[thinking]} prompt ends in {tokenizer.decode(ids[-3:])!r}, not in {tag}; use a tokenizer and "
-            "chat template that end it so (trainers.tokenizer.CHAT_TEMPLATE), or give the prompts as text."
-        )
-    return ids
-
-
-def pair_modes(
-    dataset: Dataset, tokenizer, *, modes: str = "both", max_prompt_tokens: int, template_kwargs: dict | None = None
-) -> Dataset:
-    """Each instruction once in each mode, in neighbouring rows, thinking first, its other columns repeated.
-
-    Adds the columns `thinking` (bool), `prompt_ids` and `instruction` (its number). Instructions whose prompt is longer
-    than `max_prompt_tokens` are left out in all modes, with a warning that counts them; ValueError if none is left.
-    """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"The prompts are a {type(dataset).__name__}; resampling needs a Dataset, which can be indexed."
-        )
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"The dataset has no column prompt, only {', '.join(dataset.column_names)}; name it so.")
-    taken = {"chat_template_kwargs", "thinking", "prompt_ids", "instruction"} & set(dataset.column_names)
-    if taken:
-        raise ValueError(
-            f"The dataset has the column {', '.join(sorted(taken))}, but the trainer itself asks each prompt in both "
-            "modes; give each instruction once (of a Mode-Overlap Dataset the thinking rows), without that column."
-        )
-
-    def pair(batch: dict[str, list]) -> dict[str, list]:
-        paired = {name: [] for name in (*batch, "thinking", "prompt_ids")}
-        for place, prompt in enumerate(batch["prompt"]):
-            ids = {mode: render_prompt(tokenizer, prompt, mode, template_kwargs) for mode in MODES[modes]}
-            if max(map(len, ids.values())) > max_prompt_tokens:
-                continue
-            for mode in MODES[modes]:
-                for name, values in batch.items():
-                    paired[name].append(values[place])
-                paired["thinking"].append(mode)
-                paired["prompt_ids"].append(ids[mode])
-        return paired
-
-    paired = dataset.map(pair, batched=True, desc="Pairing prompts")
-    kept = len(paired) // len(MODES[modes])
-    if kept < len(dataset):
-        left_out = f"{len(dataset) - kept} of {len(dataset)} prompts are longer than {max_prompt_tokens} tokens"
-        if not kept:
-            raise ValueError(f"{left_out}; raise max_prompt_tokens or lower max_completion_length.")
-        logger.warning("%s and left out.", left_out)
-    return paired.add_column("instruction", [row // len(MODES[modes]) for row in range(len(paired))])
-
-
-def draw_instructions(size: int, count: int, key: str, asked: Container[int] = ()) -> list[int]:
-    """`count` of `size` instruction numbers, the same for the same key; `asked` ones only when all others are used up."""
-    # Python seeds a generator from a text by its SHA-512, so neighbouring keys share nothing.
-    generator = torch.Generator().manual_seed(random.Random(key).getrandbits(63))
-    order = torch.randperm(size, generator=generator).tolist()
-    fresh = [number for number in order if number not in asked]
-    return (fresh + [number for number in order if number in asked])[:count]
-
-
-class PairedSampler(Sampler):
-    """TRL's RepeatSampler for instructions of several modes: an instruction's groups stay side by side in their batch.
-
-    The order is a function of seed and epoch, so a run resumed in a later epoch sees the prompts it would have seen.
-    """
-
-    def __init__(
-        self, instructions: int, modes: int, generations: int, batch: int, repeats: int, seed: int | None, epoch
-    ):
-        self.instructions, self.modes, self.generations = instructions, modes, generations
-        self.batch = batch  # instructions a generation batch
-        self.repeats = repeats  # times that the batch is handed out: once an update
-        self.seed = seed  # None: in order
-        self.epoch: Callable[[], int] = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(range(self.instructions))
-        if self.seed is not None:
-            order = draw_instructions(self.instructions, self.instructions, f"{self.seed} epoch {self.epoch()}")
-        for start in range(0, self.instructions - self.batch + 1, self.batch):
-            rows = [
-                instruction * self.modes + mode
-                for instruction in order[start : start + self.batch]
-                for mode in range(self.modes)
-                for _ in range(self.generations)
-            ]
-            for _ in range(self.repeats):
-                yield from rows
-
-    def __len__(self) -> int:
-        return self.instructions // self.batch * self.batch * self.modes * self.generations * self.repeats
-
-
-# -- dynamic sampling -------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Rollout:
-    """One completion and the dataset row it answers."""
-
-    row: dict
-    completion_ids: list[int]
-    completion: str | list[dict]
-    logprobs: list[float] | None  # of the sampler; None where transformers generates
-    extra: dict  # what reward functions logged about it
-
-
-@dataclass(frozen=True)
-class Group:
-    """The completions of one instruction in one mode. `rewards_GF` as TRL calculates them: R_correct, R_format, others."""
-
-    rollouts: list[Rollout]
-    rewards_GF: Tensor
-    alive: bool  # counts in the loss
-
-    @property
-    def thinking(self) -> bool:
-        return self.rollouts[0].row["thinking"]
-
-    @property
-    def fate(self) -> str:
-        """kept, or why not: all_right, all_wrong (alike, none right), failed (a reward is missing)."""
-        base_GF = self.rewards_GF[:, :2]
-        if base_GF.isnan().any():
-            return "failed"
-        if has_spread(base_GF.sum(dim=1)[None]).item():
-            return "kept"
-        return "all_right" if base_GF[0, 0] > 0 else "all_wrong"
-
-
-def group_rollouts(rollouts: Sequence[Rollout], rewards_RF: Tensor, generations: int, *, filtered: bool) -> list[Group]:
-    """Cut rows into groups of `generations`. Without the filter only groups with a missing reward are dead."""
-    groups = []
-    for start in range(0, len(rollouts), generations):
-        rows = slice(start, start + generations)
-        group = Group(list(rollouts[rows]), rewards_RF[rows], alive=True)
-        groups.append(replace(group, alive=group.fate == "kept" if filtered else group.fate != "failed"))
-    return groups
-
-
-def fill_slots(slots: Sequence[Group], fresh: Sequence[Group]) -> list[Group]:
-    """Put live groups in the place of dead ones, each time one of the mode that the batch has fewer of."""
-    slots = list(slots)
-    waiting = {mode: [group for group in fresh if group.alive and group.thinking is mode] for mode in (True, False)}
-    for place, group in enumerate(slots):
-        if group.alive or not any(waiting.values()):
-            continue
-        live = Counter(other.thinking for other in slots if other.alive)
-        scarcer = min((mode for mode in waiting if waiting[mode]), key=lambda mode: live[mode])
-        slots[place] = waiting[scarcer].pop(0)
-    return slots
-
-
-def groups_to_ask(missing: int, asked: int, kept: int, *, unit: int, most: int) -> int:
-    """How many groups the next round asks: enough for `missing` at the keep rate so far, in units, at most a full batch."""
-    expected = most if not kept else math.ceil(missing * asked / kept)
-    return min(math.ceil(expected / unit) * unit, most)
-
-
-def mode_metrics(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
-    """What each mode did, over all the groups that were asked: shares from 0 to 1, and tokens a completion."""
-    metrics = {}
-    for mode in MODE_NAMES:
-        chosen = [group for group in groups if group.thinking is mode]
-        if not chosen:
-            continue
-        fates = Counter(group.fate for group in chosen)
-        base_RF = torch.cat([group.rewards_GF[:, :2] for group in chosen])
-        readings = [read(each.completion_ids, mode, tokens) for group in chosen for each in group.rollouts]
-        values = {
-            "accuracy": (base_RF[:, 0] > 0).float().mean().item(),
-            "format_error": (base_RF[:, 1] < 0).float().mean().item(),
-            "truncated": sum(reading.truncated for reading in readings) / len(readings),
-            "tokens": sum(reading.tokens for reading in readings) / len(readings),
-            "all_right": fates["all_right"] / len(chosen),
-            "all_wrong": fates["all_wrong"] / len(chosen),
-            "keep_rate": fates["kept"] / len(chosen),
-        }
-        metrics |= {f"{MODE_NAMES[mode]}/{name}": value for name, value in values.items()}
-    return metrics
 
 
 # What `mode_metrics` measures, as it is shown.

@@ -31,7 +31,7 @@ MODE = {"enable_thinking": Value("bool")}
 # missing value there would give later rows another type.
 MESSAGE_FEATURES = Features({"prompt": MESSAGES, "completion": MESSAGES, "chat_template_kwargs": MODE})
 TEXT_FEATURES = Features({"prompt": Value("string"), "completion": Value("string"), "chat_template_kwargs": MODE})
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 # Tags of other models and slips of the pen: none of them is a control token here, so the model would learn to write it as text.
 FOREIGN_TAG = re.compile(r"<\s*/?\s*(?:think|thought|reason|reflect|scratchpad)\w*\s*/?>", re.IGNORECASE)
 # How many rows a report shows of each defect.
@@ -317,7 +317,7 @@ def load_table(source: str | Path, split: str, config: str | None) -> Dataset:
     path = Path(source)
     if kind := FILE_FORMATS.get(path.suffix):
         if not path.is_file():
-            raise ValueError(f"{source} does not exist; give a .jsonl or .parquet file, a folder or a Hub name.")
+            raise ValueError(f"{source} does not exist; check the path.")
         return load_dataset(kind, data_files=str(source), split="train")
     if (path / "state.json").is_file():
         return load_from_disk(str(source))

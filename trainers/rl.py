@@ -8,17 +8,15 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset
 from trl import ModelConfig, TrlParser, get_quantization_config
 
 from trainers.dapo_gspo import DapoGspoConfig, DapoGspoTrainer
 from trainers.launching import LORA_TARGETS, name_lora, require_model, train_and_save
+from trainers.mode_overlap import load_table
 from trainers.rewards import JUDGES, find_judge
-
-GYM = "reasoning-gym:"
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+from trainers.tasks import GYM, open_family
 
 
 @dataclass
@@ -55,17 +53,11 @@ def parse(settings: Sequence[str]) -> tuple[RlArguments, DapoGspoConfig, ModelCo
 
 def load_prompts(arguments: RlArguments, split: str) -> Dataset:
     """The dataset with a column `prompt`, a text in it made a user message unless `plain_text`."""
-    name, path = arguments.dataset, Path(arguments.dataset)
+    name = arguments.dataset
     if name.startswith(GYM):
         dataset = draw_from_gym(name.removeprefix(GYM).split(","), arguments.dataset_size)
-    elif path.suffix in READERS:
-        if not path.is_file():
-            raise ValueError(f"dataset={name} is no file here; check the path.")
-        dataset = load_dataset(READERS[path.suffix], data_files=name, split="train")
-    elif (path / "state.json").is_file():
-        dataset = load_from_disk(name)
     else:
-        dataset = load_dataset(name, arguments.dataset_config, split=split)
+        dataset = load_table(name, split, arguments.dataset_config)
     return _with_prompts(dataset, arguments)
 
 
@@ -88,9 +80,7 @@ def _with_prompts(dataset: Dataset, arguments: RlArguments) -> Dataset:
 
 def draw_from_gym(families: Sequence[str], size: int) -> Dataset:
     """`size` problems of reasoning-gym, the families taking turns; the item goes along for its verifier, as JSON."""
-    import reasoning_gym
-
-    sources = [reasoning_gym.create_dataset(family, seed=0, size=-(-size // len(families))) for family in families]
+    sources = [open_family(family, size=-(-size // len(families)), seed=0) for family in families]
     entries = [source[index] for index in range(len(sources[0])) for source in sources][:size]
     return Dataset.from_list([{"prompt": each["question"], "entry": json.dumps(each)} for each in entries])
 

@@ -81,14 +81,19 @@ def _plain(text: str) -> str:
 
 def draw_reasoning_gym(family: str, size: int, seed: int) -> Task:
     """`size` problems of a reasoning-gym family, judged by its own verifier; partial credit counts as wrong."""
+    problems = open_family(family, size, seed)
+    entries = [problems[number] for number in range(size)]
+    prompts = [[{"role": "user", "content": entry["question"]}] for entry in entries]
+    return Task(f"{GYM}{family}", prompts, lambda number, said: problems.score_answer(said, entries[number]) == 1.0)
+
+
+def open_family(family: str, size: int, seed: int):
+    """reasoning-gym's dataset of a family, with its errors made ones that say what to do."""
     try:
         import reasoning_gym
     except ImportError as error:
         raise ImportError(f"{GYM}{family} needs reasoning-gym; pip install 'axk1[eval]'.") from error
     try:
-        problems = reasoning_gym.create_dataset(family, seed=seed, size=size)
+        return reasoning_gym.create_dataset(family, seed=seed, size=size)
     except ValueError as error:
         raise ValueError(f"{GYM}{family}: reasoning-gym has no such family ({error}).") from error
-    entries = [problems[number] for number in range(size)]
-    prompts = [[{"role": "user", "content": entry["question"]}] for entry in entries]
-    return Task(f"{GYM}{family}", prompts, lambda number, said: problems.score_answer(said, entries[number]) == 1.0)

@@ -19,6 +19,7 @@ from recipes.nano_problems import draw_problems
 ROOT = Path(recipe.__file__).parents[1]
 OPTIONS = ["--scale", "0.004", "--threads", "1"]
 STAGES = ["tokenizer", "base", "reasoning", "instruct", "merged", "fused", "evaluation", "stock"]
+STAGES += ["early", "reinforced"] * recipe.can_reinforce()
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,12 @@ def test_every_stage_ends_in_a_folder_and_the_report_shows_the_result(straight):
     assert list(results) == STAGES
     assert sorted(path.name for path in out.iterdir()) == sorted([*STAGES, "settings.json", "report.html"])
     page = (out / "report.html").read_text()
-    for row in recipe.mode_table(results["evaluation"]["modes"]):
+    rows = recipe.closing_table(results)
+    models = ["fused", "early", "early + RL", "early, t=1", "early + RL, t=1"] if recipe.can_reinforce() else ["fused"]
+    assert [(row["model"], row["mode"]) for row in rows] == [(m, mode) for m in models for mode in ("thinking", "non-thinking")]
+    for row in rows + recipe.mode_table(results["evaluation"]["modes"]):
         assert all(str(value) in page for value in row.values())
-    assert page.count("<svg") == 4 and "http" not in page
+    assert page.count("<svg") == (6 if recipe.can_reinforce() else 4) and "http" not in page
     assert results["stock"]["question"].splitlines()[0] in page
 
 
@@ -67,6 +71,22 @@ def test_both_modes_are_trained_and_measured(straight):
         assert [sum(layer) for layer in load] == pytest.approx([1.0, 1.0])
 
 
+@pytest.mark.skipif(not recipe.can_reinforce(), reason=f"reinforcement needs TRL 1.16, found {recipe.trl.__version__}")
+def test_reinforcement_begins_at_the_early_model_and_leaves_the_final_one_alone(straight):
+    out, results = straight
+    stages = ("base", "fused", "early", "reinforced")
+    base, fused, early, reinforced = (load_file(out / stage / "model.safetensors") for stage in stages)
+    assert results["reinforced"]["updates"] == len(results["reinforced"]["history"]) == 1
+
+    def apart(left, right):
+        return max((left[name] - right[name]).abs().max().item() for name in left)
+
+    # One update of warm-up hardly moves it: it is nearest to the model that it began at.
+    assert apart(reinforced, early) < 0.1 * min(apart(reinforced, fused), apart(early, base))
+    asked = {log["sampling/rounds"] for log in results["reinforced"]["history"]}
+    assert max(asked) <= recipe.MAX_RESAMPLE_ROUNDS + 1
+
+
 def test_merged_weights_are_four_fifths_reasoning(straight):
     out, _ = straight
     stages = ("reasoning", "instruct", "merged")
@@ -84,7 +104,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(straight, tmp_path)
     command = [sys.executable, "-m", "recipes.nano_think_fusion", "--out", str(tmp_path), *OPTIONS]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     child = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (tmp_path / "instruct.unfinished").exists():
         assert child.poll() is None and time.monotonic() < deadline, f"exit code {child.poll()} before the third stage"
         time.sleep(0.02)

@@ -164,7 +164,8 @@ def test_gsm8k_rows_are_judged_as_they_stand(tmp_path):
     ("more", "complaint"),
     [
         (["--prompt_column", "ask"], "no column ask, only question, answer; name it with --prompt_column"),
-        (["--dataset", "nowhere.jsonl"], "dataset=nowhere.jsonl is no file here"),
+        (["--dataset", "nowhere.jsonl"], "nowhere.jsonl does not exist; check the path"),
+        (["--dataset", "reasoning-gym:nothing", "--prompt_column", "prompt"], "reasoning-gym has no such family"),
         (["--judge", "maths"], "judge='maths' is unknown"),
         (["--modes", "slow"], "modes='slow' is unknown"),
         (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
