@@ -43,7 +43,7 @@ class Settings:
     threads: int = 2
     base_steps: int = 1000
     start_steps: int = 400  # at most: the stage ends when the thinking mode is good enough to learn by trial
-    start_accuracy: float = 0.35
+    start_accuracy: float = 0.35  # of sampled answers, which are what reinforcement trains
     check_every: int = 20
     rl_steps: int = 50
     rl_problems: int = 4000
@@ -96,7 +96,7 @@ class StopInTime(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.settings.check_every:
             return
-        [(thinking, _)] = measure(model, self.tokenizer, self.problems, self.settings, modes=(True,))
+        [(thinking, _)] = measure(model, self.tokenizer, self.problems, self.settings, modes=(True,), **SAMPLED)
         self.checks.append({"step": state.global_step, "accuracy": thinking["accuracy"]})
         control.should_training_stop |= thinking["accuracy"] >= self.settings.start_accuracy
 
@@ -306,6 +306,14 @@ def write_report(path: Path, settings: Settings, seeds: Sequence[int], runs: Seq
     path.write_text(report.page("Reinforcement at nano scale, with and without dynamic sampling", pieces), "utf-8")
 
 
+def publish(out: Path, settings: Settings, seeds: Sequence[int], runs: Sequence[dict[str, dict]]) -> None:
+    """report.html, and its tables on the screen."""
+    path = out / "report.html"
+    write_report(path, settings, seeds, runs)
+    print(f"\n{settings.test_problems} held-out problems a seed\n{report.text_table(result_table(runs))}")
+    print(f"\n{report.text_table(cost_table(runs))}\n\n{path}")
+
+
 # -- the job ------------------------------------------------------------------------------------------------------
 def run_seed(out: Path, settings: Settings) -> dict[str, dict]:
     """All stages of one seed; returns the results of the start and of the three trainings."""
@@ -353,10 +361,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, dict]]:
     scaled = ("base_steps", "start_steps", "check_every", "rl_problems", "test_problems")
     settings = replace(settings, **{name: max(10, round(getattr(settings, name) * options.scale)) for name in scaled})
     runs = [run_seed(options.out / f"seed-{seed}", replace(settings, seed=seed)) for seed in options.seeds]
-    path = options.out / "report.html"
-    write_report(path, settings, options.seeds, runs)
-    print(f"\n{settings.test_problems} held-out problems a seed\n{nano.as_text(result_table(runs))}")
-    print(f"\n{nano.as_text(cost_table(runs))}\n\n{path}")
+    publish(options.out, settings, options.seeds, runs)
     return runs
 
 

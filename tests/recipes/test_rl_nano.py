@@ -61,12 +61,12 @@ def test_a_second_run_keeps_the_stages(ran, capsys):
         recipe.run_seed(out, recipe.replace(TINY, rl_steps=3))
 
 
-def test_the_report_shows_both_tables(ran, tmp_path):
+def test_the_report_and_the_screen_show_both_tables(ran, tmp_path, capsys):
     _, results = ran
-    recipe.write_report(tmp_path / "report.html", TINY, [17], [results])
-    page = (tmp_path / "report.html").read_text()
+    recipe.publish(tmp_path, TINY, [17], [results])
+    page, screen = (tmp_path / "report.html").read_text(), capsys.readouterr().out
     for row in recipe.result_table([results]) + recipe.cost_table([results]):
-        assert all(value in page for value in row.values())
+        assert all(value in page and value in screen for value in row.values())
     assert page.count("<svg") == len(recipe.CURVES) + 1 and "http" not in page
 
 
