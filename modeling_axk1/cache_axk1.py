@@ -116,12 +116,29 @@ def update_pages(
 ) -> tuple[Tensor, Tensor]:
     """Write new tokens into the pages of continuous batching, a `PagedAttentionCache` made for `page_sizes`.
 
-    Returns latents and keys [1, 1, S, .] of all requests, one after another, with their earlier tokens. `kwargs` are the
-    attention function's, which the cache makes fit this layer.
+    Returns latents and keys [1, 1, S, .] of all requests, one after another, with their earlier tokens; in a decoding step by a
+    block table the new ones only. `kwargs` are the attention function's, which the cache makes fit this layer.
     """
     sizes = [latent_B1QL.shape[-1], rope_B1QD.shape[-1]]
     token = torch.cat([latent_B1QL, rope_B1QD], dim=-1)
     halves = F.pad(token, (0, sum(sizes) % 2)).chunk(2, dim=-1)
     halves = cache.update(*halves, layer_idx, kwargs)
+    if kwargs.get("block_table") is not None:
+        write_pages(halves, kwargs["k_cache"], kwargs["v_cache"], kwargs["block_table"], row_lengths(kwargs))
     latent_B1SL, rope_B1SD = torch.cat(halves, dim=-1)[..., : sum(sizes)].split(sizes, dim=-1)
     return latent_B1SL, rope_B1SD
+
+
+def row_lengths(kwargs: dict[str, Any]) -> Tensor:
+    """Tokens of each request, the new one included; 0 for one that only pads the batch."""
+    ends = kwargs["cu_seq_lens_k"]
+    return ends[1:] - ends[:-1]
+
+
+def write_pages(halves: tuple, first_CT1W: Tensor, second_CT1W: Tensor, table_BM: Tensor, length_B: Tensor) -> None:
+    """Put each row's new token [1, 1, B, W], in halves, at the end of its pages."""
+    tokens, last_B = first_CT1W.shape[1], (length_B - 1).clamp(min=0).long()
+    # What pads the batch has -1 in its table; page 0 is none of a request's.
+    page_B = table_BM.long().gather(1, last_B[:, None] // tokens)[:, 0].clamp(min=0)
+    for pages, half in zip((first_CT1W, second_CT1W), halves):
+        pages[page_B, last_B % tokens] = half[0, 0, :, None].to(pages.dtype)

@@ -4,10 +4,16 @@ All heads attend over the same latents, which are keys and values at once: `atte
 block of heads and leaves a sum of its own, `merge` makes one softmax of the parts (split-K). So few tokens keep a whole GPU
 busy. Nothing waits for the host, nothing is atomic. For inference: no gradient.
 
-Axes: B batch, N heads, S attended tokens, L latent, D rope size, P parts of the cache.
+The cache is one tensor, or pages: a table of theirs for each row, and each token's latent and key cut in two halves, as
+transformers' continuous batching keeps them (see cache_axk1.py).
+
+Axes: B batch, N heads, S attended tokens, L latent, D rope size, P parts of the cache, C pages, M pages of a row, T tokens of a
+page, W half of L + D, rounded up.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -24,6 +30,12 @@ PROGRAMS = 264
 MERGED = 4096
 
 
+@jit
+def halved(number, step, HALF: tl.constexpr, RUN: tl.constexpr):
+    """Where a token's numbers stand, of which those from HALF on are `step` further; the compiler is told of runs of RUN."""
+    return tl.max_contiguous(tl.multiple_of(number + tl.where(number < HALF, 0, step), RUN), RUN)
+
+
 # What grows with the cache is not specialised, or a generation would wait while kernels compile anew.
 @jit(do_not_specialize=["tokens", "mask_stride"])
 def attend(
@@ -32,6 +44,8 @@ def attend(
     latent_BSL,
     rope_BSD,
     mask_BS,
+    table_BM,
+    length_B,
     sum_BPNL,
     state_BPN2,
     heads,
@@ -43,6 +57,9 @@ def attend(
     mask_stride,
     part_tokens,
     scale,
+    PAGE: tl.constexpr,
+    HALF: tl.constexpr,
+    RUN: tl.constexpr,
     MASK: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -52,7 +69,9 @@ def attend(
 ):
     """One part of the cache for a block of heads: sum_BPNL = sum of exp(score - max) * latent, state_BPN2 = max and sum of exp.
 
-    MASK: "none", "bool" (false: hidden) or "add".
+    MASK: "none", "bool" (false: hidden) or "add". PAGE: 0, or the tokens of a page; latent_BSL then are the pages of all rows
+    [C, PAGE, HALF], those of the first halves; rope_stride leads from a token's first half to its second one, `tokens` are
+    those that a row of the table has room for, and length_B those that it has.
     """
     batch, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     n = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -64,14 +83,23 @@ def attend(
     best = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, PADDED_LATENT], tl.float32)
+    width = tokens // PAGE if PAGE else 0
+    if PAGE:
+        tokens = tl.load(length_B + batch)
     end = tl.minimum((part + 1) * part_tokens, tokens)
     for first in range(part * part_tokens, end, TOKENS):
         s = first + tl.arange(0, TOKENS)
         inside = s < end
-        at = latent_BSL + batch * latent_stride + s[:, None].to(tl.int64) * latent + c[None, :]
+        if PAGE:
+            page = tl.load(table_BM + batch * width + s // PAGE, mask=inside, other=0).to(tl.int64)
+            token = latent_BSL + (page * PAGE + s % PAGE)[:, None] * HALF
+            at = token + halved(c, rope_stride, HALF, RUN)[None, :]
+            at_rope = token + halved(latent + d, rope_stride, HALF, RUN)[None, :]
+        else:
+            at = latent_BSL + batch * latent_stride + s[:, None].to(tl.int64) * latent + c[None, :]
+            at_rope = rope_BSD + batch * rope_stride + s[:, None].to(tl.int64) * rope + d[None, :]
         key = tl.load(at, mask=inside[:, None] & (c < latent)[None, :], other=0.0)
-        at = rope_BSD + batch * rope_stride + s[:, None].to(tl.int64) * rope + d[None, :]
-        key_rope = tl.load(at, mask=inside[:, None] & (d < rope)[None, :], other=0.0)
+        key_rope = tl.load(at_rope, mask=inside[:, None] & (d < rope)[None, :], other=0.0)
         score = add_product(query, tl.trans(key), tl.zeros([HEADS, TOKENS], tl.float32), PRECISION)
         score = add_product(query_rope, tl.trans(key_rope), score, PRECISION) * scale
         if MASK == "bool":
@@ -103,10 +131,12 @@ def merge(sum_BPNL, state_BPN2, out_BNL, heads, latent, parts, PADDED: tl.conste
     place = (batch * parts + p) * heads + n
     real = p < parts
     best = tl.load(state_BPN2 + place * 2, mask=real, other=float("-inf"))
-    scale = tl.exp(best - tl.max(best, 0))
+    # A row of no tokens, as CUDA graphs pad a batch, gives 0.
+    scale = tl.where(best == float("-inf"), 0.0, tl.exp(best - tl.max(best, 0)))
     total = tl.sum(tl.load(state_BPN2 + place * 2 + 1, mask=real, other=0.0) * scale, 0)
     inside = c < latent
     sums = tl.load(sum_BPNL + place[:, None] * latent + c[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+    total = tl.where(total == 0.0, 1.0, total)
     store(out_BNL + (batch * heads + n) * latent + c, tl.sum(sums * scale[:, None], 0) / total, inside)
 
 
@@ -132,20 +162,52 @@ def kernels_attend_latents(
     """
     query_BNL, query_BND = query_BNL.contiguous(), query_BND.contiguous()
     latent_BSL, rope_BSD = (t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous() for t in (latent_BSL, rope_BSD))
-    (batch, heads, latent), (_, tokens, rope) = query_BNL.shape, rope_BSD.shape
     kind = "none" if mask_BS is None else "bool" if mask_BS.dtype == torch.bool else "add"
     if mask_BS is not None:
         mask_BS = mask_BS.view(torch.uint8) if kind == "bool" else mask_BS
         mask_BS = mask_BS if mask_BS.stride(1) == 1 else mask_BS.contiguous()
+    strides = latent_BSL.stride(0), rope_BSD.stride(0), mask_BS.stride(0) if kind != "none" else 0
+    cache = (latent_BSL, rope_BSD, mask_BS, None, None)
+    return in_parts(query_BNL, query_BND, cache, rope_BSD.shape[1], strides, scale, MASK=kind, PAGE=0, HALF=0, RUN=1)
+
+
+def kernels_attend_pages(
+    query_BNL: Tensor,
+    query_BND: Tensor,
+    first_CTW: Tensor,
+    second_CTW: Tensor,
+    table_BM: Tensor,
+    length_B: Tensor,
+    scale: float,
+) -> Tensor:
+    """The same over pages, contiguous and on one device: [B, N, L], 0 for a row of length 0.
+
+    first_CTW, second_CTW: halves of each token's latent and rotated key, one behind the other; table_BM int32, the pages of a
+    row in order; length_B int32, its tokens. What the table says behind a row's length is never read.
+    """
+    (tokens, half), latent = first_CTW.shape[1:], query_BNL.shape[2]
+    step, odd_bytes = divmod(second_CTW.data_ptr() - first_CTW.data_ptr(), first_CTW.element_size())
+    assert not odd_bytes, odd_bytes
+    strides = 0, step - half, 0
+    cache = (first_CTW, second_CTW, None, table_BM.contiguous(), length_B.contiguous())
+    room, queries = table_BM.shape[1] * tokens, (query_BNL.contiguous(), query_BND.contiguous())
+    page = {"PAGE": tokens, "HALF": half, "RUN": math.gcd(half, step, latent, 16)}
+    return in_parts(*queries, cache, room, strides, scale, MASK="none", **page)
+
+
+def in_parts(
+    query_BNL: Tensor, query_BND: Tensor, cache: tuple, tokens: int, strides: tuple, scale: float, **constants
+) -> Tensor:
+    """`attend` and `merge` over a cache of at most so many tokens a row."""
+    (batch, heads, latent), rope = query_BNL.shape, query_BND.shape[2]
     parts, part_tokens = split(batch, heads, tokens)
     new = dict(dtype=torch.float32, device=query_BNL.device)
     sum_BPNL, state_BPN2 = torch.empty(batch, parts, heads, latent, **new), torch.empty(batch, parts, heads, 2, **new)
     launch(
-        attend, (batch, triton.cdiv(heads, HEADS), parts),
-        query_BNL, query_BND, latent_BSL, rope_BSD, mask_BS, sum_BPNL, state_BPN2, heads, tokens, latent, rope,
-        latent_BSL.stride(0), rope_BSD.stride(0), mask_BS.stride(0) if kind != "none" else 0, part_tokens, scale,
-        MASK=kind, HEADS=HEADS, TOKENS=TOKENS, PADDED_LATENT=max(16, triton.next_power_of_2(latent)),
-        PADDED_ROPE=max(16, triton.next_power_of_2(rope)), PRECISION=precision(), warps=8, stages=3,
+        attend, (batch, triton.cdiv(heads, HEADS), parts), query_BNL, query_BND, *cache, sum_BPNL, state_BPN2, heads, tokens,
+        latent, rope, *strides, part_tokens, scale, HEADS=HEADS, TOKENS=TOKENS,
+        PADDED_LATENT=max(16, triton.next_power_of_2(latent)), PADDED_ROPE=max(16, triton.next_power_of_2(rope)),
+        PRECISION=precision(), warps=8, stages=3, **constants,
     )  # fmt: skip
     out_BNL, padded = torch.empty_like(query_BNL), triton.next_power_of_2(parts)
     columns = max(16, MERGED // padded)
@@ -181,4 +243,47 @@ attend_latents_op = torch.library.custom_op("axk1::attend_latents", attend_laten
 
 @attend_latents_op.register_fake
 def _(query_BNL, query_BND, latent_BSL, rope_BSD, mask_BS, scale):
+    return query_BNL.new_empty(query_BNL.shape)
+
+
+def torch_attend_pages(
+    query_BNL: Tensor,
+    query_BND: Tensor,
+    first_CTW: Tensor,
+    second_CTW: Tensor,
+    table_BM: Tensor,
+    length_B: Tensor,
+    scale: float,
+) -> Tensor:
+    """The same in torch's operators: every row's pages side by side, then `torch_attend_latents`."""
+    page_BM = table_BM.long().clamp(min=0)
+    token_BSW = torch.cat([first_CTW[page_BM], second_CTW[page_BM]], dim=-1).flatten(1, 2)
+    sizes = query_BNL.shape[2], query_BND.shape[2]
+    latent_BSL, rope_BSD = token_BSW[..., : sum(sizes)].split(sizes, dim=-1)
+    mask_BS = torch.arange(token_BSW.shape[1], device=length_B.device) < length_B[:, None]
+    # What stands behind a row's length may be anything, NaN included.
+    latent_BSL = latent_BSL.masked_fill(~mask_BS[..., None], 0.0)
+    return torch_attend_latents(query_BNL, query_BND, latent_BSL, rope_BSD, mask_BS, scale)
+
+
+def attend_pages_here(
+    query_BNL: Tensor,
+    query_BND: Tensor,
+    first_CTW: Tensor,
+    second_CTW: Tensor,
+    table_BM: Tensor,
+    length_B: Tensor,
+    scale: float,
+) -> Tensor:
+    arguments = (query_BNL, query_BND, first_CTW, second_CTW, table_BM, length_B, scale)
+    if not takes(query_BNL, first_CTW):
+        return torch_attend_pages(*arguments)
+    return here(kernels_attend_pages, torch_attend_pages, *arguments)
+
+
+attend_pages_op = torch.library.custom_op("axk1::attend_pages", attend_pages_here, mutates_args=())
+
+
+@attend_pages_op.register_fake
+def _(query_BNL, query_BND, first_CTW, second_CTW, table_BM, length_B, scale):
     return query_BNL.new_empty(query_BNL.shape)

@@ -37,12 +37,12 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_axk1 import grow_in_place, page_sizes, update_pages
+from .cache_axk1 import grow_in_place, page_sizes, row_lengths, update_pages
 from .configuration_axk1 import AxK1Config
 from .fp8_axk1 import fp8_experts_forward
 from .generation_axk1 import ThinkingGenerationMixin
 from .loss_axk1 import fused_causal_lm_loss, next_token_targets
-from .mla_kernels import attend_latents_op, takes
+from .mla_kernels import attend_latents_op, attend_pages_op, takes
 from .moe_dispatch import axk1_experts_forward, missing_for_kernels, route_op
 from .mtp_axk1 import AxK1CausalLMOutput, DraftingGenerationMixin, mtp_targets
 from .quantization_axk1 import QuantizesExperts
@@ -293,6 +293,8 @@ class AxK1Attention(nn.Module):
                 latent_B1SL, k_rope_B1SD = latent_B1SL.clone(), k_rope_B1SD.clone()
         if cache is not None:
             latent_B1SL, k_rope_B1SD = update_pages(cache, latent_B1SL, k_rope_B1SD, self.layer_idx, kwargs)
+            if kwargs.get("block_table") is not None:
+                return self.o_proj(self.attend_pages(q_latent, position_embeddings, kwargs).reshape(B, Q, -1)), None
 
         cached = past_key_values is not None or cache is not None
         if cached and self.absorbs(Q, latent_B1SL.shape[2], attention_mask):
@@ -345,8 +347,7 @@ class AxK1Attention(nn.Module):
         B, N, Q, _ = query.shape
         q_nope, q_rope = query.split([self.nope, self.rope], dim=-1)
         latent_BSL, k_rope_BSD = latent_B1SL[:, 0], k_rope_B1SD[:, 0]
-        up_NDL = matrix_of(self.kv_b_proj).view(N, self.nope + self.value, -1)
-        w_key, w_value = up_NDL.split([self.nope, self.value], dim=1)
+        w_key, w_value = self.up_projections(N)
         q_absorbed = q_nope @ w_key
         eager = self.implementation == "eager"
         if Q == 1 and not eager and steps_on_kernels(q_absorbed, q_rope, latent_BSL, k_rope_BSD):
@@ -370,6 +371,21 @@ class AxK1Attention(nn.Module):
         output = (context @ w_value.mT).transpose(1, 2)
         # Like the expanded form: only eager attention has weights to show.
         return output, weights if eager else None
+
+
+    def up_projections(self, heads: int) -> tuple[Tensor, Tensor]:
+        """The matrices of `kv_b_proj` that make keys and values of the latents: [N, nope, L] and [N, value, L]."""
+        return matrix_of(self.kv_b_proj).view(heads, self.nope + self.value, -1).split([self.nope, self.value], dim=1)
+
+    def attend_pages(self, q_latent: Tensor, position_embeddings: tuple[Tensor, Tensor], kwargs: dict) -> Tensor:
+        """Continuous batching's decoding step by a block table: one token [1, Q, .] of each request, absorbed, in its pages."""
+        if matrix_of(self.kv_b_proj) is None:
+            raise ValueError("kv_b_proj has changed since continuous batching began; end it, and begin anew.")
+        q_nope, q_rope = self.queries(q_latent, position_embeddings)[0].split([self.nope, self.rope], dim=-1)
+        w_key, w_value = self.up_projections(len(q_nope))
+        pages = kwargs["k_cache"].squeeze(2), kwargs["v_cache"].squeeze(2), kwargs["block_table"], row_lengths(kwargs)
+        context_QNL = attend_pages_op((q_nope @ w_key).transpose(0, 1), q_rope.transpose(0, 1), *pages, self.scaling)
+        return (context_QNL.transpose(0, 1) @ w_value.mT).transpose(0, 1)
 
 
 def steps_on_kernels(*tensors: Tensor) -> bool:
@@ -953,8 +969,10 @@ class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin, DraftingGene
         """As transformers', which `generate_batch` and its server call, with pages that hold latents."""
         manager = super().init_continuous_batching(*args, **kwargs)
         if manager.batch_processor is None:
-            # FlashAttention's kernel for decoding out of block tables would take half latents for keys.
-            manager.continuous_batching_config.max_blocks_per_request = 0
+            layers = self.model.layers[: self.config.num_hidden_layers]
+            if any(matrix_of(layer.self_attn.kv_b_proj) is None for layer in layers):
+                # Out of block tables only the absorbed form attends.
+                manager.continuous_batching_config.max_blocks_per_request = 0
             # The pages' sizes are read from the configuration, once.
             config, self.config = self.config, page_sizes(self.config)
             try:

@@ -277,6 +277,40 @@ def check_attention_operator(device: str) -> None:
     torch.library.opcheck(mla_kernels.attend_latents_op, (*inputs, None, 0.3))
 
 
+def check_pages(device: str, latent: int = 36, rope: int = 9, page: int = 4, dtype: torch.dtype = torch.float32) -> None:
+    """Rows of any length out of pages in any order; as in transformers, a page's second halves stand behind its first ones."""
+    half, lengths = -(-(latent + rope) // 2), [0, 1, 37, 70, 72]
+    table_BM = torch.full((len(lengths), 18), -1, dtype=torch.int32)
+    spare = iter((2 * torch.randperm(len(lengths) * 18)).tolist())
+    pages_CTW = torch.full((2 * len(lengths) * 18, page, half), float("nan"), dtype=dtype)
+    query_BNL, query_BND = (torch.randn(len(lengths), 17, size).to(dtype) for size in (latent, rope))
+    expected = torch.zeros(query_BNL.shape)
+    for row, length in enumerate(lengths):
+        tokens = torch.randn(length, 2 * half).to(dtype)
+        for place, part in enumerate(tokens.split(page)):
+            table_BM[row, place] = first = next(spare)
+            pages_CTW[first, : len(part)], pages_CTW[first + 1, : len(part)] = part.chunk(2, dim=1)
+        if length:
+            cache = tokens[None, :, :latent].float(), tokens[None, :, latent : latent + rope].float()
+            queries = query_BNL[row : row + 1].float(), query_BND[row : row + 1].float()
+            expected[row] = mla_kernels.torch_attend_latents(*queries, *cache, None, 0.3)[0]
+    inputs = [query_BNL, query_BND, pages_CTW[:-1], pages_CTW[1:], table_BM, torch.tensor(lengths, dtype=torch.int32)]
+    reference = mla_kernels.torch_attend_pages(*inputs, 0.3)
+    allowed = EXPERTS if dtype == torch.float32 else 1.5 * relative_error(reference, expected)
+    assert relative_error(reference, expected) <= max(allowed, EXPERTS)
+    pages_CTW = pages_CTW.to(device)
+    inputs = [query_BNL, query_BND, pages_CTW[:-1], pages_CTW[1:], *inputs[4:]]
+    with poisoned_memory():
+        context_BNL = mla_kernels.attend_pages_op(*on(device, inputs[:2]), *inputs[2:4], *on(device, inputs[4:]), 0.3)
+    assert relative_error(context_BNL, expected) <= allowed and not context_BNL[0].any()
+
+
+def check_pages_operator(device: str) -> None:
+    inputs = on(device, [torch.randn(2, 3, 12), torch.randn(2, 3, 4), *torch.randn(2, 6, 4, 8)])
+    table_BM, length_B = on(device, [torch.tensor([[1, 4], [0, 2]]).int(), torch.tensor([3, 8]).int()])
+    torch.library.opcheck(mla_kernels.attend_pages_op, (*inputs, table_BM, length_B, 0.3))
+
+
 def check_decoding_steps(device: str) -> None:
     """Cached steps of a left-padded batch are the full pass, and each attends by the kernels."""
     model = ours(random_config(3)).to(device)
@@ -405,4 +439,14 @@ def compiled_attention(architecture: int, tokens: int = 64) -> list[Compiled]:
                 torch.empty(1, rows, size, dtype=torch.bfloat16) for rows in (64, tokens) for size in (512, 64)
             )
             mla_kernels.kernels_attend_latents(query_BNL, query_BND, latent_BSL, rope_BSD, mask_BS, 0.3)
+    return compiled
+
+
+def compiled_pages(architecture: int) -> list[Compiled]:
+    """At K1's sizes, out of pages of 256 tokens as transformers has them."""
+    query_BNL, query_BND = (torch.empty(2, 64, size, dtype=torch.bfloat16) for size in (512, 64))
+    pages_CTW = torch.empty(9, 256, 288, dtype=torch.bfloat16)
+    table_BM, length_B = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    with compiling_for(architecture) as compiled:
+        mla_kernels.kernels_attend_pages(query_BNL, query_BND, pages_CTW[:-1], pages_CTW[1:], table_BM, length_B, 0.3)
     return compiled

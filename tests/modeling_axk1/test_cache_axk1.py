@@ -10,6 +10,7 @@ from packaging import version
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import initialization
 
 from modeling_axk1.cache_axk1 import GrowingLayer, grow_in_place
 from modeling_axk1.modeling_axk1 import AxK1Attention
@@ -153,6 +154,23 @@ def test_continuous_batching_answers_each_prompt_as_if_it_were_alone(implementat
     assert model.config._attn_implementation == implementation
     # Two of each, which share the pages of their prompt.
     assert batched(model, num_return_sequences=2, do_sample=True, top_k=1) == [answer for answer in expected for _ in range(2)]
+
+
+@continuous_batching
+@pytest.mark.parametrize("absorbable", [True, False])
+def test_decoding_out_of_block_tables(absorbable):
+    """Which transformers does beside FlashAttention on a GPU only: here it is made to."""
+    model = ours(random_config(8, kv_lora_rank=15, qk_rope_head_dim=8))
+    if not absorbable:
+        model.model.layers[-1].self_attn.kv_b_proj.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    expected = [alone(model, prompt) for prompt in PROMPTS]
+    attend_pages = AxK1Attention.attend_pages
+    with (
+        mock.patch.object(initialization, "ensure_decode_fast_path_is_available"),
+        mock.patch.object(AxK1Attention, "attend_pages", autospec=True, side_effect=attend_pages) as used,
+    ):
+        assert batched(model) == expected
+    assert used.called == absorbable
 
 
 @continuous_batching

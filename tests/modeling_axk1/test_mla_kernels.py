@@ -10,7 +10,12 @@ pytest.importorskip("triton", reason="Triton is not installed; pip install trito
 from tests.modeling_axk1 import kernel_checks as checks  # noqa: E402
 
 MASKS = ["none", "bool", "add", "nothing seen"]
-CHECKS = [checks.check_decoding_steps, checks.check_attention_operator]
+CHECKS = [
+    checks.check_decoding_steps,
+    checks.check_attention_operator,
+    checks.check_pages,
+    checks.check_pages_operator,
+]
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -21,6 +26,7 @@ def test_attention_over_latents_equals_torch(interpreted, mask):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_less_accurate_than_torch(interpreted, dtype):
     interpreted(checks.check_attention, mask="bool", heads=3, tokens=70, latent=36, rope=8, dtype=dtype)
+    interpreted(checks.check_pages, dtype=dtype)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=checks.check_name)
@@ -40,10 +46,13 @@ def test_split_covers_the_cache_in_whole_tiles():
 def test_kernels_compile(compiling, architecture):
     compiled = compiling(checks.compiled_attention, architecture, tokens=1)
     compiled += compiling(checks.compiled_attention, architecture)
-    assert [c.kernel for c in compiled] == 6 * ["attend", "merge"]
+    paged = compiling(checks.compiled_pages, architecture)
+    assert [c.kernel for c in compiled + paged] == 7 * ["attend", "merge"]
+    # Whole vectors go from the pages to shared memory, though none before the table's entry is there.
+    assert "cp.async.cg.shared.global" in paged[0].ptx and "ld.global.b16" not in paged[0].ptx
     assert all(checks.LOADS_UNDER_WAY.search(c.ptx) for c in compiled if c.kernel == "attend")
     # The least that a supported GPU has.
-    assert all(c.cubin_bytes and c.shared_bytes <= checks.SHARED_BYTES[80] for c in compiled)
+    assert all(c.cubin_bytes and c.shared_bytes <= checks.SHARED_BYTES[80] for c in compiled + paged)
 
 
 def test_a_growing_cache_compiles_nothing_new(compiling):
@@ -58,6 +67,13 @@ def test_a_growing_cache_compiles_nothing_new(compiling):
 @pytest.mark.parametrize("tokens, dtype", [(70, torch.float32), (5000, torch.bfloat16)])
 def test_on_gpu_attention_over_latents_equals_torch(mask, tokens, dtype):
     checks.check_attention("cuda", mask, heads=64, tokens=tokens, latent=512, rope=64, dtype=dtype)
+
+
+@pytest.mark.gpu
+@checks.on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_gpu_attention_over_pages_equals_torch(dtype):
+    checks.check_pages("cuda", latent=512, rope=64, dtype=dtype)
 
 
 @pytest.mark.gpu

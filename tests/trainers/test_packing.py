@@ -135,6 +135,15 @@ def test_orders():
     assert len({tuple(arrange(everything, difficulty, "shuffled", seed)) for seed in range(9)}) > 3
 
 
+def test_every_pass_is_shuffled_anew():
+    reader = Reader(source([5] * 20), seed=0)
+    orders = []
+    for _ in range(3):
+        reader.begin("shuffled", fresh=True)
+        orders.append(tuple(reader.order))
+    assert len(set(orders)) == 3 and {tuple(sorted(order)) for order in orders} == {tuple(range(20))}
+
+
 def test_a_new_stage_goes_on_with_what_is_left():
     reader = Reader(source([5, 5, 5, 5], difficulty=[3, 2, 1, 0]), seed=0)
     reader.begin("as_is")

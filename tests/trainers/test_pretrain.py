@@ -365,6 +365,15 @@ def test_a_lower_learning_rate_holds_from_where_it_goes_on(tmp_path, optimizer):
     assert rates[-1] == pytest.approx(1e-3 * 0.125)
 
 
+def test_what_went_wrong_is_remembered_by_a_run_that_goes_on(tmp_path):
+    one, two = trainer_of(tmp_path), trainer_of(tmp_path)
+    one.spikes.losses.extend([2.0, 3.0])
+    one.events.append({"step": 3, "problem": "a loss spike"})
+    one._skips, one._bad_in_a_row = 4, 2
+    two._load_state(json.loads(json.dumps(one._state())))
+    assert two._state() == one._state() and two.events and two.spikes.losses and two._bad_in_a_row == 2
+
+
 def test_settings_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="optimizer='sgd' does not exist; use one of adamw, muon"):
         PretrainConfig(output_dir=str(tmp_path), use_cpu=True, optimizer="sgd")
