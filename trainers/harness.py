@@ -9,6 +9,7 @@ Multiple choice is scored by the likelihood of each choice behind the closed tho
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from lm_eval import simple_evaluate
@@ -48,13 +49,17 @@ def evaluate_harness_task(
     """Judge one task (or group, all its problems alike) of the harness in one mode.
 
     include_path: a folder with further task files. `generate_kwargs` go to `generate` instead of the task's own; greedy by
-    default. ValueError for tasks that have no answer (perplexity) or that begin it for the model.
+    default. ValueError for tasks that do not exist, have no answer (perplexity) or begin it for the model.
     """
+    known = TaskManager(include_path=include_path)
+    # The path of a task's file will do too.
+    if task not in known.all_tasks and not Path(task).is_file():
+        raise ValueError(f"lm-evaluation-harness has no task {task!r}; `lm-eval ls tasks` lists them, --include-path adds some.")
     speaker = TwoModeLM(model, tokenizer, thinking, max_new_tokens, batch_size, on_batch, generate_kwargs)
     found = simple_evaluate(
         model=speaker,
         tasks=[task],
-        task_manager=TaskManager(include_path=include_path),
+        task_manager=known,
         limit=limit,
         apply_chat_template=True,
         bootstrap_iters=0,

@@ -138,3 +138,9 @@ def test_tasks_without_answers_are_refused(tasks):
         speaker.loglikelihood_rolling([])
     with pytest.raises(ValueError, match="begins the answer"):
         speaker.apply_chat_template([], add_generation_prompt=False)
+
+
+def test_a_task_that_does_not_exist_is_named(tasks):
+    asked = {"thinking": True, "max_new_tokens": 9, "include_path": tasks(["1"])}
+    with pytest.raises(ValueError, match="has no task 'nothing'; `lm-eval ls tasks` lists them"):
+        evaluate_harness_task(ScriptedModel([], STOP, 0), TOKENIZER, "nothing", **asked)
