@@ -121,7 +121,13 @@ def _add_conversion(command: argparse.ArgumentParser) -> None:
     command.add_argument("target", metavar="DST", type=Path, help="written whole or not at all")
     _add_reading(command)
     command.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of an output file (default 5)")
-    command.add_argument("--workers", type=int, metavar="N", help="files written at a time (default: cores, at most 4)")
+    command.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="files written, and then tensors compared, at a time; each file has threads of its own to hash and to write it "
+        "besides (default: cores, at most 4)",
+    )
     command.add_argument("--no-verify", action="store_true", help="do not compare the result with the source")
     command.add_argument("--check-nan", action="store_true", help="look for NaN in the source first")
     command.add_argument("--dry-run", action="store_true", help="print files, bytes, memory and time, write nothing")

@@ -282,7 +282,8 @@ class Conversion:
     ) -> Converted:
         """Write, compare with the source, move into place.
 
-        workers: files written at a time. verify: read the result back and compare it with the source, tensor by tensor.
+        workers: files written at a time; the bytes do not depend on it. verify: read the result back and compare it with the
+        source, tensor by tensor.
         check_nan: look for NaN in the source first. A killed conversion goes on where it was when run again, and ends in the same
         bytes. ValueError says what cannot be converted; OSError if the disk is full: the source is untouched, the same call
         resumes.
@@ -353,7 +354,11 @@ def _decides(job: str, opened: Opened, shard_bytes: int) -> dict[str, Any]:
 
 
 def default_workers() -> int:
-    """Files written at a time: reading, hashing and writing one keeps a core busy, and a disk serves few at once."""
+    """Files written at a time.
+
+    Each is read by its worker while threads of its own hash and write it: a single file, which no workers could share, is so
+    written as fast as it can be hashed. The price is that on few cores more workers gain little.
+    """
     return min(4, os.cpu_count() or 1)
 
 
