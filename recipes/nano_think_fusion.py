@@ -455,7 +455,7 @@ def reinforcement_charts(history: list[dict]) -> list[str]:
     )
     said = (
         "The final model has nothing left to learn by trial, so reinforcement begins at one that MOD made of the base, stopped "
-        "when a third of its thinking answers were right. Groups of answers without spread are replaced by others (DAPO)."
+        "when a third of its sampled thinking answers were right. Groups of answers without spread are replaced by others (DAPO)."
     )
     charts = [
         report.line_chart(each.curves(history), caption=each.title, x_label="update", y_label=each.unit) for each in measures
