@@ -35,7 +35,7 @@ def straight(tmp_path_factory):
 def without_times(results):
     return json.loads(
         json.dumps(results),
-        object_hook=lambda d: {k: v for k, v in d.items() if k not in ("elapsed_s", "seconds_per_answer")},
+        object_hook=lambda d: {k: v for k, v in d.items() if k not in ("elapsed_s", "seconds_per_answer", "step_time")},
     )
 
 

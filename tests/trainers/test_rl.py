@@ -29,7 +29,7 @@ from trainers.dapo_gspo import DapoGspoConfig, DapoGspoTrainer
 from trainers.launching import find_checkpoint
 from trainers.rl import RlArguments, draw_from_gym, load_prompts, parse
 
-ROOT = Path(axk1.__file__).parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
 
 
