@@ -372,7 +372,6 @@ class AxK1Attention(nn.Module):
         # Like the expanded form: only eager attention has weights to show.
         return output, weights if eager else None
 
-
     def up_projections(self, heads: int) -> tuple[Tensor, Tensor]:
         """The matrices of `kv_b_proj` that make keys and values of the latents: [N, nope, L] and [N, value, L]."""
         return matrix_of(self.kv_b_proj).view(heads, self.nope + self.value, -1).split([self.nope, self.value], dim=1)

@@ -482,9 +482,13 @@ class Card(NamedTuple):
     layers: int
 
     def tokens(self, config: AxK1Config, usable_bytes: float) -> int:
-        """How many cached tokens, of all requests together, it has room for: latent and rotated key of each layer in bf16."""
-        token_bytes = 2 * self.layers * (config.kv_lora_rank + config.qk_rope_head_dim)
-        return max(0, int((usable_bytes - self.weight_bytes) // max(token_bytes, 1)))
+        """How many cached tokens, of all requests together, it has room for."""
+        return max(0, int((usable_bytes - self.weight_bytes) // max(token_bytes(config, self.layers), 1)))
+
+
+def token_bytes(config: AxK1Config, layers: int) -> int:
+    """A token's cache in so many layers, bf16: latent and rotated key of each."""
+    return 2 * layers * (config.kv_lora_rank + config.qk_rope_head_dim)
 
 
 def with_layers(sizes: list[int]) -> list[tuple[int, int]]:

@@ -110,4 +110,3 @@ def run_rl(settings: Sequence[str]) -> DapoGspoTrainer:
     )
     train_and_save(trainer, arguments.dataset)
     return trainer
-

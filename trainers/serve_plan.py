@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from modeling_axk1 import AxK1Config, count_parameters
-from modeling_axk1.quantization_axk1 import Card, deal, quantized_bytes
+from modeling_axk1.quantization_axk1 import Card, deal, quantized_bytes, token_bytes
 from trainers.cluster import GPUS, Gpu, find_gpu, linear_elements
 from trainers.report import text_table
 
@@ -64,11 +64,6 @@ class Serving:
 def activation_bytes(config: AxK1Config) -> float:
     """One layer's inputs and outputs of matrix products for a chunk, bf16: what lives at a time without gradients, at most."""
     return 2 * CHUNK * sum(linear_elements(config))
-
-
-def token_bytes(config: AxK1Config, layers: int) -> int:
-    """A token's cache in so many layers, bf16."""
-    return 2 * layers * (config.kv_lora_rank + config.qk_rope_head_dim)
 
 
 def layouts(

@@ -115,4 +115,3 @@ def check(rows: Dataset, test_rows: Dataset | None, count_tokens) -> None:
 def distinct_prompts(rows: Dataset, count: int) -> list[str | list[dict]]:
     prompts = {prompt_key(prompt): prompt for prompt in rows["prompt"]}
     return list(prompts.values())[:count]
-
