@@ -36,6 +36,8 @@ from trainers.token_store import Source, prepare
 from trainers.tokenizer import train_tokenizer
 
 DOMAINS = ("docs", "code", "maths")
+# Of the experiments that do not ask about the data.
+MIXTURE = {"docs": 0.4, "code": 0.4, "maths": 0.2}
 VOCABULARY = 2048
 CONTEXT = 128
 BATCH_ROWS = 32

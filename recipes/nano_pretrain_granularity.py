@@ -12,6 +12,7 @@ from functools import partial
 from recipes.nano_cells import publish
 from recipes.nano_pretrain_cells import (
     BALANCE_RATE,
+    MIXTURE,
     charts,
     held_out_shown,
     model_config,
@@ -25,7 +26,6 @@ from recipes.nano_pretrain_cells import (
 
 HIDDEN = 210  # divisible by what makes 2 * HIDDEN / G whole for 7, 10 and 12
 GRANULARITIES = (7, 10, 12)
-MIXTURE = {"docs": 0.4, "code": 0.4, "maths": 0.2}
 TOKENS = 200_000
 
 

@@ -11,6 +11,7 @@ from functools import partial
 
 from recipes.nano_cells import publish
 from recipes.nano_pretrain_cells import (
+    MIXTURE,
     charts,
     held_out_shown,
     model_config,
@@ -22,7 +23,6 @@ from recipes.nano_pretrain_cells import (
     train_cell,
 )
 
-MIXTURE = {"docs": 0.4, "code": 0.4, "maths": 0.2}
 RATES = (3e-3, 1e-2, 3e-2)
 TOKENS = 800_000
 
