@@ -2,20 +2,31 @@
 
   python benchmarks/mla_decode.py             # a GPU: checks, then measures; none: the prediction on paper
   python benchmarks/mla_decode.py --record    # appends to results.csv
+  python benchmarks/mla_decode.py --tune      # times other blocks of heads and tokens, for mla_kernels.py
 
-K1's sizes (64 heads, 512 + 64 numbers a token), bf16, one layer's attention core: ours, the same in torch's operators, and what
-reading the cache takes at the rate of a copy measured in the same run.
+K1's sizes (64 heads, 512 + 64 numbers a token), bf16, one layer's attention core in a CUDA graph: ours, the same in torch's
+operators, and what reading the cache takes at the rate of a copy measured in the same run.
 """
 
 import argparse
+from unittest import mock
 
 import torch
-from moe_dispatch import BF16_BYTES, H200_BYTES_A_SECOND, H200_FLOPS, measured_limits, medians_ms
+from moe_dispatch import (
+    BF16_BYTES,
+    H200_BYTES_A_SECOND,
+    H200_FLOPS,
+    compile_beforehand,
+    in_graph,
+    measured_limits,
+    medians_ms,
+)
 from rich.console import Console
 from rich.table import Table
 from timing import record
 
 from modeling_axk1 import mla_kernels
+from modeling_axk1.moe_kernels import CompileError
 
 HEADS, LATENT, ROPE = 64, 512, 64
 CASES = [(batch, tokens) for batch in (1, 16) for tokens in (1024, 4096, 16384, 131072)]
@@ -23,9 +34,13 @@ CASES = [(batch, tokens) for batch in (1, 16) for tokens in (1024, 4096, 16384, 
 FLOPS_A_PAIR = 2 * (LATENT + ROPE) + 2 * LATENT
 
 
+def block_of(batch: int, tokens: int) -> mla_kernels.Block:
+    return mla_kernels.MANY_HEADS if batch * tokens >= mla_kernels.MANY_TOKENS else mla_kernels.FEW_HEADS
+
+
 def paper_us(batch: int, tokens: int, bytes_a_second: float, flops_a_second: float) -> float:
     """The larger of reading the cache once (with queries and the parts' sums) and of the FLOPs."""
-    parts, _ = mla_kernels.split(batch, HEADS, tokens)
+    parts, _ = mla_kernels.split(block_of(batch, tokens), batch, HEADS, tokens)
     cache_bytes = batch * tokens * (LATENT + ROPE) * BF16_BYTES
     other_bytes = batch * HEADS * ((LATENT + ROPE + LATENT) * BF16_BYTES + 2 * parts * (LATENT + 2) * 4)
     return 1e6 * max(
@@ -60,8 +75,8 @@ def measure(rounds: int, recorded: bool) -> None:
         inputs = inputs_of(batch, tokens)
         check(inputs)
         runs = {
-            "ours": lambda inputs=inputs: mla_kernels.kernels_attend_latents(*inputs),
-            "torch": lambda inputs=inputs: mla_kernels.torch_attend_latents(*inputs),
+            "ours": in_graph(lambda inputs=inputs: mla_kernels.kernels_attend_latents(*inputs)),
+            "torch": in_graph(lambda inputs=inputs: mla_kernels.torch_attend_latents(*inputs)),
         }
         times = medians_ms(runs, rounds, f"{batch} x {tokens}") | {"limit": paper_us(batch, tokens, *limits) / 1e3}
         table.add_row(
@@ -73,11 +88,48 @@ def measure(rounds: int, recorded: bool) -> None:
     Console(width=130).print(table)
 
 
+TRIALS = [
+    mla_kernels.Block(*trial)
+    for trial in (
+        (16, 32, 8, 3, 264), (16, 32, 4, 3, 264), (16, 64, 4, 2, 264), (32, 64, 8, 2, 132), (64, 32, 8, 3, 132),
+        (64, 64, 8, 2, 132),
+    )
+]  # fmt: skip
+
+
+def compile_trial(*trial: int) -> str:
+    block = mla_kernels.Block(*trial)
+    try:
+        with mock.patch.object(mla_kernels, "block_for", lambda *_: block):
+            check(inputs_of(2, 1024))
+    except (CompileError, AssertionError) as error:
+        return f"{block}: {str(error).splitlines()[0][:150]}"
+    return ""
+
+
+def tune(rounds: int) -> None:
+    """Microseconds of each trial, compiled and checked beforehand."""
+    broken = compile_beforehand(compile_trial, set(TRIALS))
+    cases = [(1, 1024), (1, 16384), (1, 131072), (16, 1024), (16, 16384), (16, 65536), (64, 4096)]
+    columns = (*mla_kernels.Block._fields, *(f"{batch} x {tokens:,}" for batch, tokens in cases))
+    table = Table(*columns, title=f"microseconds of rows x cached tokens, {torch.cuda.get_device_name()}")
+    rows = {trial: [] for trial in TRIALS if trial not in broken}
+    for batch, tokens in cases:
+        inputs = inputs_of(batch, tokens)
+        for trial in rows:
+            with mock.patch.object(mla_kernels, "block_for", lambda *_, trial=trial: trial):
+                run = {"": in_graph(lambda inputs=inputs: mla_kernels.kernels_attend_latents(*inputs))}
+                rows[trial].append(1e3 * medians_ms(run, rounds, f"{batch} x {tokens}")[""])
+    for trial, times in rows.items():
+        table.add_row(*map(str, trial), *(f"{us:.1f}" for us in times))
+    Console(width=150).print(table)
+
+
 def print_paper() -> None:
     title = f"prediction at {H200_BYTES_A_SECOND / 1e12:.1f} TB/s and {H200_FLOPS / 1e12:.0f} TFLOP/s"
     table = Table("batch", "cached tokens", "parts", "microseconds a layer", title=title)
     for batch, tokens in CASES:
-        parts, _ = mla_kernels.split(batch, HEADS, tokens)
+        parts, _ = mla_kernels.split(block_of(batch, tokens), batch, HEADS, tokens)
         us = paper_us(batch, tokens, H200_BYTES_A_SECOND, H200_FLOPS)
         table.add_row(str(batch), f"{tokens:,}", str(parts), f"{us:.1f}")
     Console(width=130).print(table)
@@ -87,9 +139,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate (default: %(default)s)")
     parser.add_argument("--record", action="store_true", help="append the figures to results.csv")
+    parser.add_argument("--tune", action="store_true", help="time other blocks of heads and tokens")
     options = parser.parse_args()
-    if torch.cuda.is_available():
-        torch.manual_seed(0)
+    torch.manual_seed(0)
+    if torch.cuda.is_available() and options.tune:
+        tune(options.rounds)
+    elif torch.cuda.is_available():
         measure(options.rounds, options.record)
     else:
         print("No figure here is measured, because there is no CUDA device:")

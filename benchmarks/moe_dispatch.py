@@ -11,8 +11,11 @@ and its FLOPs over the matmul rate; what a kernel reads is counted once, as if t
 """
 
 import argparse
+import multiprocessing
+import os
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 from unittest import mock
 
@@ -32,6 +35,8 @@ TOKENS = (1, 8, 64, 512, 4096, 16384)
 # NVIDIA's data sheet of the H200 (SXM): memory, and dense bf16. A run on a GPU uses what it measures.
 H200_BYTES_A_SECOND, H200_FLOPS = 4.8e12, 989e12
 BF16_BYTES = 2
+# The eager loop's backward writes all weights once an expert: where it takes longer, its first call is its time.
+SLOW_MS = 500
 
 
 class Shape(NamedTuple):
@@ -153,12 +158,21 @@ def step(experts: AxK1Experts, implementation: str, inputs: tuple, backward: boo
     return run
 
 
-def those_that_run(experts: AxK1Experts, inputs: tuple, backward: bool) -> dict[str, Callable[[], torch.Tensor]]:
-    """Ours and the peers that this machine can run, each compared with the eager loop: within bf16's rounding."""
-    truth = step(experts, "eager", inputs, backward)().float()
+def those_that_run(
+    experts: AxK1Experts, inputs: tuple, backward: bool
+) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, float]]:
+    """Ours and the peers that this machine can run, each compared with the eager loop: within bf16's rounding.
+
+    Second, the milliseconds of the eager loop where one call is slow enough to be its own measurement.
+    """
+    eager = step(experts, "eager", inputs, backward)
+    runs, slow = {"eager": eager}, {}
+    ms, truth = once_ms(eager)
+    if ms > SLOW_MS:
+        runs, slow = {}, {"eager": ms}
+    truth = truth.float()
     assert truth.norm() > 0, "vacuous comparison"
-    runs = {}
-    for name in ("ours", *PEERS):
+    for name in ("ours", *PEERS[1:]):
         if name == "batched_mm" and len(inputs[0]) > BATCHED_MM_TOKENS:
             continue
         run = step(experts, "axk1" if name == "ours" else name, inputs, backward)
@@ -172,7 +186,7 @@ def those_that_run(experts: AxK1Experts, inputs: tuple, backward: bool) -> dict[
         error = ((result - truth).norm() / truth.norm()).item()
         assert error < 1e-2, f"{name}: relative error {error:.1e}"
         runs[name] = run
-    return runs
+    return runs, slow
 
 
 def medians_ms(runs: dict[str, Callable], rounds: int, label: str) -> dict[str, float]:
@@ -184,6 +198,28 @@ def medians_ms(runs: dict[str, Callable], rounds: int, label: str) -> dict[str, 
         for name, run in runs.items():
             times[name].append(do_bench(run, warmup=10, rep=50, return_mode="median"))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def once_ms(run: Callable[[], object]) -> tuple[float, object]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end), result
+
+
+def in_graph(run: Callable[[], object]) -> Callable[[], object]:
+    """The same as one replayed CUDA graph, as a compiled decoding step runs it: what the GPU takes, not Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def measured_limits(rounds: int) -> tuple[float, float]:
@@ -208,13 +244,14 @@ def dispatch_and_combine(shape: Shape, inputs: tuple, rounds: int) -> tuple[floa
     """Microseconds of sort and combine alone, and of reading and writing each pair's row once."""
     x, ids, weights = inputs
     rows = x.new_empty(ids.numel(), shape.hidden).normal_()
-    rows_a_tile = moe_kernels.tiles_for(moe_kernels.capability(x), x.dtype, len(x)).up.rows
+    mean = ids.numel() / shape.experts
+    rows_a_tile = moe_kernels.tiles_for(moe_kernels.capability(x), x.dtype, len(x), mean).up.rows
 
     def run() -> torch.Tensor:
         moe_kernels.sort_pairs(ids, shape.experts, rows_a_tile)
         return moe_kernels.sum_pairs(rows, ids, weights, shape.experts)
 
-    times = medians_ms({"ours": run, "copy": rows.clone}, rounds, "dispatch and combine")
+    times = medians_ms({"ours": in_graph(run), "copy": in_graph(rows.clone)}, rounds, "dispatch and combine")
     return times["ours"] * 1e3, times["copy"] * 1e3
 
 
@@ -232,13 +269,17 @@ def measure(options: argparse.Namespace) -> None:
             inputs = inputs_of(shape, tokens, "cuda", torch.bfloat16)
             for backward in (False, True):
                 case = f"{preset}, {tokens} tokens, {'forward + backward' if backward else 'forward'}, bf16"
-                runs = those_that_run(experts, inputs, backward)
-                times = medians_ms(runs, options.rounds, case)
+                runs, slow = those_that_run(experts, inputs, backward)
+                peaks = {name: peak_mb(runs[name]) for name in ("ours", "grouped_mm") if name in runs}
+                if tokens <= moe_kernels.SMALL_BATCH and not backward:
+                    # The eager loop asks the host which experts were hit: no graph can hold it.
+                    runs = {name: run if name == "eager" else in_graph(run) for name, run in runs.items()}
+                    case += ", in a CUDA graph"
+                times = medians_ms(runs, options.rounds, case) | slow
                 times["best peer"] = min(ms for name, ms in times.items() if name != "ours")
                 # The router is not part of an experts layer.
                 costs = [cost for cost in paper(shape, tokens, backward) if not cost.kernel.startswith("route")]
                 limit_ms = 1e3 * sum(cost.seconds(bytes_a_second, flops_a_second) for cost in costs)
-                peaks = {name: peak_mb(runs[name]) for name in ("ours", "grouped_mm") if name in runs}
                 shares = f"{peaks['ours']:,.0f}" + (
                     f", {peaks['ours'] / peaks['grouped_mm']:.0%}" if "grouped_mm" in peaks else ""
                 )
@@ -246,6 +287,7 @@ def measure(options: argparse.Namespace) -> None:
                     case, *(f"{times[n]:.3f}" if n in times else "-" for n in ("ours", *PEERS)),
                     f"{times['best peer'] / times['ours']:.2f}x", f"{limit_ms / times['ours']:.0%}", shares,
                 )  # fmt: skip
+                print(case, {name: round(ms, 4) for name, ms in times.items()}, f"limit {limit_ms:.4f}", shares, flush=True)
                 if options.record:
                     record("moe_dispatch", case, times | {"limit": limit_ms}, peer="best peer", machine=machine)
             ours_us, copy_us = dispatch_and_combine(shape, inputs, options.rounds)
@@ -256,48 +298,105 @@ def measure(options: argparse.Namespace) -> None:
         del experts
 
 
-def variants(tile: moe_kernels.Tile) -> list[moe_kernels.Tile]:
-    """The tile and its neighbours: other columns, depths, stages and warps. The rows stay, the kernels share them."""
-    changes = [
-        {},
-        *({"columns": tile.columns * n // 2} for n in (1, 4)),
-        *({"depth": tile.depth * n // 2} for n in (1, 4)),
-    ]
-    changes += [{"stages": tile.stages + n} for n in (-1, 1)] + [{"warps": 12 - tile.warps}]
-    return [tile._replace(**change) for change in changes]
+# What to try instead of the tiles of moe_kernels.py: rows, columns, depth, warps, stages. The rows of the first three are one
+# schedule's, so they stay.
+LARGE = {
+    "up": [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 32, 8, 5), (128, 128, 128, 8, 2), (128, 64, 64, 4, 3),
+           (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (128, 64, 128, 4, 2)],
+    "down": [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 32, 8, 5), (128, 256, 128, 8, 2), (128, 128, 64, 4, 3),
+             (128, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 128, 128, 4, 3)],
+    "act_backward": [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (128, 256, 64, 8, 3),
+                     (128, 64, 64, 4, 4), (128, 128, 128, 8, 2)],
+    "outer": [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 32, 8, 4), (128, 128, 64, 4, 3), (128, 128, 64, 4, 4),
+              (128, 128, 64, 8, 4), (128, 128, 128, 8, 3)],
+}  # fmt: skip
+# For few tokens; the rows become those of the batch.
+FEW = [(16, *rest) for rest in (
+    (32, 128, 4, 3), (32, 128, 4, 4), (32, 256, 4, 3), (32, 256, 4, 4), (32, 256, 8, 3), (32, 512, 8, 2), (64, 128, 4, 3),
+    (64, 128, 4, 4), (64, 128, 8, 4), (64, 256, 8, 3), (64, 256, 4, 2), (128, 64, 4, 4), (128, 128, 8, 3), (16, 256, 4, 4),
+    (16, 512, 4, 3),
+)]  # fmt: skip
+
+
+def trials(tokens: int, shape: Shape) -> list[tuple[str, moe_kernels.Tiles]]:
+    """Each kernel's tile by itself, the others as they are."""
+    base = moe_kernels.tiles_for((9, 0), torch.bfloat16, tokens, tokens * shape.top_k / shape.experts)
+    tried = LARGE if tokens > moe_kernels.SMALL_BATCH else {"up": FEW, "down": FEW}
+    found = []
+    for part, tiles in tried.items():
+        for tile in map(moe_kernels.Tile._make, tiles):
+            changed = base._replace(**{part: tile if part == "outer" else tile._replace(rows=getattr(base, part).rows)})
+            found.append((part, changed))
+    return found
+
+
+def compile_trial(part: str, tiles: moe_kernels.Tiles) -> str:
+    """In a process of its own: into Triton's cache on disk. Returns what went wrong."""
+    torch.cuda.init()
+    shape = Shape(1024, 16, 512, 8)
+    experts = experts_layer(shape, "cuda", torch.bfloat16)
+    x, ids, weights = inputs_of(shape, 128 if tiles.up.rows > 64 else 8, "cuda", torch.bfloat16)
+    layer = (x, ids, weights, experts.gate_up_proj.data, experts.down_proj.data)
+    try:
+        with mock.patch.object(moe_kernels, "tiles_for", lambda *_: tiles):
+            _, gate_up = moe_kernels.kernels_forward(*layer, part not in ("up", "down"))
+            if part not in ("up", "down"):
+                moe_kernels.kernels_backward(x, *layer, gate_up, True, True)
+        torch.cuda.synchronize()
+    except (moe_kernels.CompileError, RuntimeError) as error:
+        return f"{part} {tuple(getattr(tiles, part))}: {str(error).splitlines()[0][:150]}"
+    return ""
 
 
 def tune(options: argparse.Namespace) -> None:
-    """Milliseconds of forward (and backward) with each variant of one kernel's tile; a tile too large for the GPU says so."""
-    shape, timed = shape_of(options.shapes[0]), []
-    experts = experts_layer(shape, "cuda", torch.bfloat16)
-    for tokens in (8, 16384):
-        x, ids, weights = inputs_of(shape, tokens, "cuda", torch.bfloat16)
-        layer = (x, ids, weights, experts.gate_up_proj.data, experts.down_proj.data)
-        tiles = moe_kernels.tiles_for(moe_kernels.capability(x), x.dtype, tokens)
-        for part in tiles._fields if tokens > moe_kernels.SMALL_BATCH else tiles._fields[:2]:
-            for tile in variants(getattr(tiles, part)):
-                changed = tiles._replace(**{part: tile})
-                with mock.patch.object(moe_kernels, "tiles_for", lambda *_, changed=changed: changed):
-                    try:
-                        ms = time_of_layer(layer, backward=part in ("act_backward", "outer"), rounds=options.rounds)
-                    except moe_kernels.CompileError as error:
-                        print(f"{tokens} tokens, {part}, {tuple(tile)}: {error}")
-                        continue
-                timed.append((tokens, part, ms, tile))
-    table = Table("tokens", "kernel", "milliseconds", *moe_kernels.Tile._fields, title=torch.cuda.get_device_name())
-    for tokens, part, ms, tile in sorted(timed):
-        table.add_row(str(tokens), part, f"{ms:.3f}", *map(str, tile))
-    Console(width=130).print(table)
+    """Milliseconds of forward (or backward) of a layer with each tile of one kernel; compiled beforehand by several processes."""
+    every = {
+        tokens: [trial for trial in trials(tokens, shape_of(options.shapes[0])) if trial[0] in options.kernels]
+        for tokens in options.tokens
+    }
+    unique = {trial for tokens in every for trial in every[tokens]}
+    broken = compile_beforehand(compile_trial, unique)
+    for preset in options.shapes:
+        shape, timed = shape_of(preset), []
+        experts = experts_layer(shape, "cuda", torch.bfloat16)
+        for tokens, tried in every.items():
+            x, ids, weights = inputs_of(shape, tokens, "cuda", torch.bfloat16)
+            layer = (x, ids, weights, experts.gate_up_proj.data, experts.down_proj.data)
+            for part, tiles in tried:
+                if (part, tiles) in broken:
+                    continue
+                with mock.patch.object(moe_kernels, "tiles_for", lambda *_, tiles=tiles: tiles):
+                    ms = time_of_layer(layer, part in ("act_backward", "outer"), options.rounds)
+                timed.append((tokens, part, ms, getattr(tiles, part)))
+        columns = ("tokens", "kernel", "milliseconds", *moe_kernels.Tile._fields)
+        table = Table(*columns, title=f"{preset}, {torch.cuda.get_device_name()}")
+        for tokens, part, ms, tile in sorted(timed):
+            table.add_row(str(tokens), part, f"{ms:.4f}", *map(str, tile))
+        Console(width=130).print(table)
+        del experts, layer
+
+
+def compile_beforehand(compiles: Callable, trials: set) -> set:
+    """By several processes, into Triton's cache on disk. Prints what does not compile, and returns it."""
+    broken = set()
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {trial: pool.submit(compiles, *trial) for trial in trials}
+        for trial, future in track(futures.items(), description="compiling", transient=True):
+            if future.result():
+                print(future.result())
+                broken.add(trial)
+    return broken
 
 
 def time_of_layer(layer: tuple, backward: bool, rounds: int) -> float:
-    gate_up = moe_kernels.kernels_forward(*layer, backward)[1]
     if backward:
-        return medians_ms(
-            {"": lambda: moe_kernels.kernels_backward(layer[0], *layer, gate_up, True, True)}, rounds, "tune"
-        )[""]
-    return medians_ms({"": lambda: moe_kernels.kernels_forward(*layer, False)}, rounds, "tune")[""]
+        gate_up = moe_kernels.kernels_forward(*layer, True)[1]
+        run = lambda: moe_kernels.kernels_backward(layer[0], *layer, gate_up, True, True)  # noqa: E731
+    else:
+        run = lambda: moe_kernels.kernels_forward(*layer, False)  # noqa: E731
+        if len(layer[0]) <= moe_kernels.SMALL_BATCH:
+            run = in_graph(run)
+    return medians_ms({"": run}, rounds, "tune")[""]
 
 
 def main() -> None:
@@ -307,6 +406,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate (default: %(default)s)")
     parser.add_argument("--paper", action="store_true", help="only the prediction")
     parser.add_argument("--tune", action="store_true", help="time other tiles on the first of the shapes")
+    parser.add_argument("--kernels", nargs="+", choices=list(LARGE), default=list(LARGE), help="which to tune")
     parser.add_argument("--record", action="store_true", help="append the figures to results.csv")
     options = parser.parse_args()
     if options.paper or not torch.cuda.is_available():
@@ -314,7 +414,10 @@ def main() -> None:
         print_paper(H200_BYTES_A_SECOND, H200_FLOPS)
         return
     torch.manual_seed(0)
-    (tune if options.tune else measure)(options)
+    if options.tune:
+        tune(options)
+    else:
+        measure(options)
 
 
 if __name__ == "__main__":

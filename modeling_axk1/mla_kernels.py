@@ -14,18 +14,40 @@ page, W half of L + D, rounded up.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .moe_dispatch import here
-from .moe_kernels import DTYPES, add_product, jit, launch, precision, store, tl, triton
+from .moe_kernels import (
+    DTYPES,
+    LARGE_SHARED_MEMORY,
+    add_product,
+    capability,
+    jit,
+    launch,
+    precision,
+    store,
+    tl,
+    triton,
+)
 
-# Heads and tokens that a program takes at a time. Chosen on paper, not yet measured: queries and two stages of latents within
-# 99 KB of shared memory at 512 + 64 numbers a token.
-HEADS, TOKENS = 16, 32
-# Programs enough for two on each multiprocessor of an H100 or H200.
-PROGRAMS = 264
+
+class Block(NamedTuple):
+    """What a program of `attend` takes at a time, and how many programs are wanted: one or two on each of 132 multiprocessors."""
+
+    heads: int
+    tokens: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# Measured on an H200 with `benchmarks/mla_decode.py --tune`: from so many cached tokens on (of all rows) reading each latent
+# once, for 64 heads, is faster; below, four times as many programs are.
+FEW_HEADS, MANY_HEADS = Block(16, 32, warps=4, stages=3, programs=264), Block(64, 64, warps=8, stages=2, programs=132)
+MANY_TOKENS = 16384
 # Numbers that one program of `merge` adds up.
 MERGED = 4096
 
@@ -140,10 +162,16 @@ def merge(sum_BPNL, state_BPN2, out_BNL, heads, latent, parts, PADDED: tl.conste
     store(out_BNL + (batch * heads + n) * latent + c, tl.sum(sums * scale[:, None], 0) / total, inside)
 
 
-def split(batch: int, heads: int, tokens: int) -> tuple[int, int]:
+def block_for(query_BNL: Tensor, tokens: int) -> Block:
+    batch, heads, _ = query_BNL.shape
+    large = capability(query_BNL) in LARGE_SHARED_MEMORY and query_BNL.dtype != torch.float32
+    return MANY_HEADS if large and heads > FEW_HEADS.heads and batch * tokens >= MANY_TOKENS else FEW_HEADS
+
+
+def split(block: Block, batch: int, heads: int, tokens: int) -> tuple[int, int]:
     """How many parts the cache is cut into, and tokens a part: enough parts to fill the GPU, each of whole tiles."""
-    wanted = max(1, PROGRAMS // (batch * triton.cdiv(heads, HEADS)))
-    part_tokens = TOKENS * triton.cdiv(triton.cdiv(tokens, TOKENS), wanted)
+    wanted = max(1, block.programs // (batch * triton.cdiv(heads, block.heads)))
+    part_tokens = block.tokens * triton.cdiv(triton.cdiv(tokens, block.tokens), wanted)
     return triton.cdiv(tokens, part_tokens), part_tokens
 
 
@@ -200,14 +228,15 @@ def in_parts(
 ) -> Tensor:
     """`attend` and `merge` over a cache of at most so many tokens a row."""
     (batch, heads, latent), rope = query_BNL.shape, query_BND.shape[2]
-    parts, part_tokens = split(batch, heads, tokens)
+    block = block_for(query_BNL, tokens)
+    parts, part_tokens = split(block, batch, heads, tokens)
     new = dict(dtype=torch.float32, device=query_BNL.device)
     sum_BPNL, state_BPN2 = torch.empty(batch, parts, heads, latent, **new), torch.empty(batch, parts, heads, 2, **new)
     launch(
-        attend, (batch, triton.cdiv(heads, HEADS), parts), query_BNL, query_BND, *cache, sum_BPNL, state_BPN2, heads, tokens,
-        latent, rope, *strides, part_tokens, scale, HEADS=HEADS, TOKENS=TOKENS,
+        attend, (batch, triton.cdiv(heads, block.heads), parts), query_BNL, query_BND, *cache, sum_BPNL, state_BPN2, heads,
+        tokens, latent, rope, *strides, part_tokens, scale, HEADS=block.heads, TOKENS=block.tokens,
         PADDED_LATENT=max(16, triton.next_power_of_2(latent)), PADDED_ROPE=max(16, triton.next_power_of_2(rope)),
-        PRECISION=precision(), warps=8, stages=3, **constants,
+        PRECISION=precision(), warps=block.warps, stages=block.stages, **constants,
     )  # fmt: skip
     out_BNL, padded = torch.empty_like(query_BNL), triton.next_power_of_2(parts)
     columns = max(16, MERGED // padded)
@@ -222,7 +251,8 @@ def torch_attend_latents(
     query_BNL: Tensor, query_BND: Tensor, latent_BSL: Tensor, rope_BSD: Tensor, mask_BS: Tensor | None, scale: float
 ) -> Tensor:
     """The same in torch's operators: the kernels' oracle, and what runs if they do not compile."""
-    score_BNS = (query_BNL @ latent_BSL.mT + query_BND @ rope_BSD.mT).float() * scale
+    score_BNS = query_BNL @ latent_BSL.mT + query_BND @ rope_BSD.mT
+    score_BNS = score_BNS.to(torch.promote_types(score_BNS.dtype, torch.float32)) * scale
     if mask_BS is not None and mask_BS.dtype == torch.bool:
         score_BNS = score_BNS.masked_fill(~mask_BS[:, None], torch.finfo(torch.float32).min)
     elif mask_BS is not None:
@@ -244,6 +274,11 @@ attend_latents_op = torch.library.custom_op("axk1::attend_latents", attend_laten
 @attend_latents_op.register_fake
 def _(query_BNL, query_BND, latent_BSL, rope_BSD, mask_BS, scale):
     return query_BNL.new_empty(query_BNL.shape)
+
+
+def attend_latents(*arguments) -> Tensor:
+    """`attend_latents_op`, without what an operator costs where nothing is compiled."""
+    return (attend_latents_op if torch.compiler.is_compiling() else attend_latents_here)(*arguments)
 
 
 def torch_attend_pages(
@@ -287,3 +322,8 @@ attend_pages_op = torch.library.custom_op("axk1::attend_pages", attend_pages_her
 @attend_pages_op.register_fake
 def _(query_BNL, query_BND, first_CTW, second_CTW, table_BM, length_B, scale):
     return query_BNL.new_empty(query_BNL.shape)
+
+
+def attend_pages(*arguments) -> Tensor:
+    """`attend_pages_op`, without what an operator costs where nothing is compiled."""
+    return (attend_pages_op if torch.compiler.is_compiling() else attend_pages_here)(*arguments)

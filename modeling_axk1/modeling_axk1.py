@@ -42,8 +42,8 @@ from .configuration_axk1 import AxK1Config
 from .fp8_axk1 import fp8_experts_forward
 from .generation_axk1 import ThinkingGenerationMixin
 from .loss_axk1 import fused_causal_lm_loss, next_token_targets
-from .mla_kernels import attend_latents_op, attend_pages_op, takes
-from .moe_dispatch import axk1_experts_forward, missing_for_kernels, route_op
+from .mla_kernels import attend_latents, attend_pages, takes
+from .moe_dispatch import axk1_experts_forward, missing_for_kernels, route
 from .mtp_axk1 import AxK1CausalLMOutput, DraftingGenerationMixin, mtp_targets
 from .quantization_axk1 import QuantizesExperts
 
@@ -98,6 +98,9 @@ class AxK1RMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        # torch's own kernel takes a GPU one launch; on CPU there is none, and it knows neither two dtypes nor split tensors.
+        if hidden_states.is_cuda and hidden_states.dtype == self.weight.dtype and type(hidden_states) is Tensor:
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         if torch.is_grad_enabled():
             return RMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)[0]
@@ -353,7 +356,7 @@ class AxK1Attention(nn.Module):
         if Q == 1 and not eager and steps_on_kernels(q_absorbed, q_rope, latent_BSL, k_rope_BSD):
             mask = spelled_out(attention_mask, latent_BSL)
             mask_BS = None if mask is None else mask[:, 0, -1].expand(B, -1)
-            context = attend_latents_op(
+            context = attend_latents(
                 q_absorbed[:, :, 0], q_rope[:, :, 0], latent_BSL, k_rope_BSD, mask_BS, self.scaling
             )
             return (context[:, :, None] @ w_value.mT).transpose(1, 2), None
@@ -383,7 +386,7 @@ class AxK1Attention(nn.Module):
         q_nope, q_rope = self.queries(q_latent, position_embeddings)[0].split([self.nope, self.rope], dim=-1)
         w_key, w_value = self.up_projections(len(q_nope))
         pages = kwargs["k_cache"].squeeze(2), kwargs["v_cache"].squeeze(2), kwargs["block_table"], row_lengths(kwargs)
-        context_QNL = attend_pages_op((q_nope @ w_key).transpose(0, 1), q_rope.transpose(0, 1), *pages, self.scaling)
+        context_QNL = attend_pages((q_nope @ w_key).transpose(0, 1), q_rope.transpose(0, 1), *pages, self.scaling)
         return (context_QNL.transpose(0, 1) @ w_value.mT).transpose(0, 1)
 
 
@@ -496,7 +499,7 @@ class AxK1TopkRouter(nn.Module):
             expert_TK = self.choose(scores_TE.detach())
             weight_TK = weigh_experts(scores_TE, expert_TK, self.normalise, self.scale)
         else:
-            weight_TK, expert_TK = route_op(
+            weight_TK, expert_TK = route(
                 logits_TE, self.e_score_correction_bias, self.method, self.groups, self.top_groups, self.top_k,
                 self.normalise, self.scale,
             )  # fmt: skip

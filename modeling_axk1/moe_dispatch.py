@@ -390,3 +390,9 @@ def _route_backward(ctx, grad_TK, _):
 
 
 route_op.register_autograd(_route_backward, setup_context=_save_routing)
+
+
+def route(logits_TE: Tensor, *options) -> tuple[Tensor, Tensor]:
+    """`route_op`, without what an operator costs (a tenth of a millisecond) where nothing needs it to be one."""
+    run = route_op if torch.is_grad_enabled() or torch.compiler.is_compiling() else route_here
+    return run(logits_TE, *options)

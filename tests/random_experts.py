@@ -45,8 +45,9 @@ def problem(
 def outputs_and_gradients(function: Callable, inputs: list[Tensor], needed: tuple[int, ...] = FLOATS) -> list[Tensor]:
     inputs = [t.detach().clone().requires_grad_(i in needed) for i, t in enumerate(inputs)]
     output = function(*inputs)
-    steps = torch.arange(output.numel(), dtype=output.dtype, device=output.device)
-    output.backward(torch.sin(steps).view_as(output))
+    # Numbers that every dtype holds, so that each of them starts from the same gradient.
+    gradient = torch.arange(output.numel(), dtype=torch.float64, device=output.device).sin().to(torch.bfloat16)
+    output.backward(gradient.to(output.dtype).view_as(output))
     return [output.detach(), *(inputs[i].grad for i in needed)]
 
 

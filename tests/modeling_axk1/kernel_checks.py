@@ -55,7 +55,8 @@ def check_against_reference(device: str, routing: str, tokens: int, experts: int
 
 
 def check_half_precision(device: str, dtype: torch.dtype, tokens: int, **sizes: int) -> None:
-    inputs = problem(tokens, 6, 2, "random", dtype=dtype, **sizes)
+    # Divided, so that no gradient leaves the range of float16.
+    inputs = [t / 2 if t.is_floating_point() else t for t in problem(tokens, 6, 2, "random", dtype=dtype, **sizes)]
     truth = outputs_and_gradients(moe_reference, [t.float() if t.is_floating_point() else t for t in inputs])
     reference = outputs_and_gradients(lambda x, i, w, g, d: moe_reference(x, i, w.to(dtype), g, d), inputs)
     for result, theirs, exact in zip(outputs_and_gradients(run_experts, on(device, inputs)), reference, truth):
@@ -65,11 +66,11 @@ def check_half_precision(device: str, dtype: torch.dtype, tokens: int, **sizes: 
 
 def check_tiles_of_gpus(device: str) -> None:
     """The tiles that GPUs get, in the interpreter: even sizes, so that nothing is masked but the rows."""
-    inputs = problem(70, 3, 2, "foreign", hidden=256, width=256)
+    inputs = problem(320, 3, 2, "foreign", hidden=256, width=256)
     with mock.patch.object(moe_dispatch, "missing_for_kernels", lambda device: "the oracle is the CPU loop"):
         expected = outputs_and_gradients(run_experts, inputs)
-    for tiles in (moe_kernels.HOPPER, moe_kernels.AMPERE):
-        with mock.patch.object(moe_kernels, "INTERPRETER", tiles), poisoned_memory():
+    for tiles in (*moe_kernels.HOPPER.values(), *moe_kernels.AMPERE.values()):
+        with mock.patch.object(moe_kernels, "INTERPRETER", {tiles.up.rows: tiles}), poisoned_memory():
             results = outputs_and_gradients(run_experts, inputs)
         for result, truth in zip(results, expected):
             assert relative_error(result, truth) <= EXPERTS
@@ -107,7 +108,7 @@ def check_weights_are_read_once(device: str) -> None:
     """Up to SMALL_BATCH tokens a hit expert has one tile, even if every token chooses it."""
     for tokens in (1, 7, 17, 64):
         _, ids, *_ = on(device, problem(tokens, 6, 1, "one"))
-        rows = moe_kernels.tiles_for(moe_kernels.capability(ids), torch.bfloat16, tokens).up.rows
+        rows = moe_kernels.tiles_for(moe_kernels.capability(ids), torch.bfloat16, tokens, tokens / 6).up.rows
         tile_M3 = moe_kernels.sort_pairs(ids, 6, rows)[2]
         assert (tile_M3[:, 0] >= 0).sum() == 1, f"{tokens} tokens, tiles of {rows} rows"
 
@@ -262,14 +263,13 @@ def check_attention(
     added_BS = torch.zeros(2, tokens).masked_fill(~seen_BS, torch.finfo(torch.float32).min)
     mask_BS = {"none": None, "bool": seen_BS, "add": added_BS, "nothing seen": seen_BS}[mask]
     inputs = [query_BNL, query_BND, latent_BSL, rope_BSD]
-    expected = mla_kernels.torch_attend_latents(*(t.float() for t in inputs), mask_BS, 0.3)
+    expected = mla_kernels.torch_attend_latents(*(t.double() for t in inputs), mask_BS, 0.3)
     inputs = [*on(device, inputs), None if mask_BS is None else mask_BS.to(device)]
     with poisoned_memory():
         context_BNL = mla_kernels.attend_latents_op(*inputs, 0.3)
-    allowed = EXPERTS if dtype == torch.float32 else 1.5 * relative_error(
-        mla_kernels.torch_attend_latents(*inputs, 0.3), expected
-    )  # fmt: skip
-    assert relative_error(context_BNL, expected) <= allowed
+    allowed = max(EXPERTS, 1.5 * relative_error(mla_kernels.torch_attend_latents(*inputs, 0.3), expected))
+    error = relative_error(context_BNL, expected)
+    assert error <= allowed, f"relative error {error:.1e}, allowed {allowed:.1e}"
 
 
 def check_attention_operator(device: str) -> None:
@@ -354,10 +354,10 @@ def check_cuda_graph(device: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(captured, step()))
 
 
-def check_random_shapes(device: str, shapes: int = 1000) -> None:
+def check_random_shapes(device: str, seeds: range) -> None:
     """Outputs and gradients beside the CPU loop, which test_moe_dispatch.py compares with the reference."""
-    rng = random.Random(0)
-    for seed in range(shapes):
+    for seed in seeds:
+        rng = random.Random(seed)
         experts = rng.randint(1, 200)
         options = dict(
             tokens=rng.randint(1, 400), experts=experts, top_k=rng.randint(1, min(8, experts)), seed=seed,
@@ -405,6 +405,7 @@ def compiling_for(architecture: int) -> Iterator[list[Compiled]]:
         mock.patch.object(moe_kernels, "launch", compile_launch),
         mock.patch.object(mla_kernels, "launch", compile_launch),
         mock.patch.object(moe_kernels, "capability", lambda tensor: divmod(architecture, 10)),
+        mock.patch.object(mla_kernels, "capability", lambda tensor: divmod(architecture, 10)),
     ):
         yield compiled
 

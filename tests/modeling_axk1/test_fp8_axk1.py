@@ -37,7 +37,7 @@ def run(layer, implementation, x, ids, weights):
     layer.config._experts_implementation = implementation
     leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_(), layer.gate_up_proj, layer.down_proj]
     output = layer(leaves[0], ids, leaves[1])
-    probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.device)
     return [output, *torch.autograd.grad((output * probe).sum(), leaves)]
 
 

@@ -36,10 +36,12 @@ def test_in_the_interpreter(interpreted, check):
 
 def test_split_covers_the_cache_in_whole_tiles():
     for batch, heads, tokens in ((1, 64, 1), (1, 64, 16384), (1, 16, 131072), (300, 64, 33), (2, 3, 32)):
-        parts, part_tokens = mla_kernels.split(batch, heads, tokens)
-        assert part_tokens % mla_kernels.TOKENS == 0
-        assert (parts - 1) * part_tokens < tokens <= parts * part_tokens
-    assert mla_kernels.split(1, 64, 16384)[0] >= 60, "too few programs to fill a GPU"
+        for block in (mla_kernels.FEW_HEADS, mla_kernels.MANY_HEADS):
+            parts, part_tokens = mla_kernels.split(block, batch, heads, tokens)
+            assert part_tokens % block.tokens == 0
+            assert (parts - 1) * part_tokens < tokens <= parts * part_tokens
+    assert mla_kernels.split(mla_kernels.FEW_HEADS, 1, 64, 16384)[0] >= 60, "too few programs to fill a GPU"
+    assert mla_kernels.split(mla_kernels.MANY_HEADS, 1, 64, 16384)[0] >= 120, "too few programs to fill a GPU"
 
 
 @pytest.mark.parametrize("architecture", checks.TENSOR_CORES)
@@ -53,6 +55,9 @@ def test_kernels_compile(compiling, architecture):
     assert all(checks.LOADS_UNDER_WAY.search(c.ptx) for c in compiled if c.kernel == "attend")
     # The least that a supported GPU has.
     assert all(c.cubin_bytes and c.shared_bytes <= checks.SHARED_BYTES[80] for c in compiled + paged)
+    long = compiling(checks.compiled_attention, architecture, tokens=mla_kernels.MANY_TOKENS)
+    assert all(c.cubin_bytes and c.shared_bytes <= checks.SHARED_BYTES[architecture] for c in long)
+    assert (max(c.shared_bytes for c in long) > checks.SHARED_BYTES[80]) == (architecture > 80)
 
 
 def test_a_growing_cache_compiles_nothing_new(compiling):
@@ -64,7 +69,7 @@ def test_a_growing_cache_compiles_nothing_new(compiling):
 @pytest.mark.gpu
 @checks.on_gpu
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("tokens, dtype", [(70, torch.float32), (5000, torch.bfloat16)])
+@pytest.mark.parametrize("tokens, dtype", [(70, torch.float32), (5000, torch.bfloat16), (9000, torch.bfloat16)])
 def test_on_gpu_attention_over_latents_equals_torch(mask, tokens, dtype):
     checks.check_attention("cuda", mask, heads=64, tokens=tokens, latent=512, rope=64, dtype=dtype)
 
