@@ -13,7 +13,6 @@ Axes: T tokens, K experts a token, P = T * K pairs, E experts, H hidden, I exper
 
 from __future__ import annotations
 
-import math
 import subprocess
 from typing import NamedTuple
 
@@ -59,7 +58,7 @@ class CompileError(RuntimeError):
 class Tile(NamedTuple):
     """One program's part of a matmul: rows x columns of the result, `depth` of the sum at a time.
 
-    rows: a power of two, or 1.5 times one. Of `up`, columns of gate and as many of up.
+    Of `up`, columns of gate and as many of up.
     """
 
     rows: int
@@ -70,7 +69,7 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Of each matmul. `up` and `down` have the same rows: they share one schedule."""
+    """Of each matmul. The first three have the same rows: they share one schedule."""
 
     up: Tile
     down: Tile
@@ -78,13 +77,11 @@ class Tiles(NamedTuple):
     outer: Tile
 
 
-# Measured on an H200 with `benchmarks/moe_dispatch.py --tune`. A matmul of many rows is bound by what its tiles read out of the
-# second-level cache, rows + columns a step: 192 x 256 is the largest whose sums fit the registers.
+# Measured on an H200 with `benchmarks/moe_dispatch.py --tune`; by the rows of a tile.
 OUTER = Tile(128, 256, 64, warps=8, stages=4)
 HOPPER = {
-    64: Tiles(Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4), OUTER),
+    64: Tiles(Tile(64, 64, 128, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4), OUTER),
     128: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), OUTER),
-    192: Tiles(Tile(192, 128, 64, 8, 3), Tile(192, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), OUTER),
 }
 # Chosen on paper, not yet measured: shared memory of all stages (2 bytes a number) within the GPU's, sums within half of its
 # registers.
@@ -108,22 +105,18 @@ INTERPRETER = {32: Tiles(*[Tile(32, 32, 32, warps=4, stages=1)] * 4)}
 
 def tiles_for(capability: tuple[int, int] | None, dtype: torch.dtype, tokens: int, rows_an_expert: float) -> Tiles:
     """By the GPU's compute capability (None: the interpreter). `tokens` <= SMALL_BATCH: one tile holds an expert's rows."""
-    hopper = capability in LARGE_SHARED_MEMORY
     if capability is None:
         choices, small = INTERPRETER, (INTERPRETER[min(INTERPRETER)].up,) * 2
     elif dtype == torch.float32:
         choices, small = SINGLE, (SINGLE[64].up,) * 2
     else:
-        choices, small = (HOPPER, HOPPER_SMALL) if hopper else (AMPERE, AMPERE_SMALL)
-    # What an expert's tiles of 256 columns read a step, the last one whole.
-    tiles = choices[min(choices, key=lambda rows: math.ceil(rows_an_expert / rows) * (rows + 256))]
-    if tokens > SMALL_BATCH:
-        return tiles
+        choices, small = (HOPPER, HOPPER_SMALL) if capability in LARGE_SHARED_MEMORY else (AMPERE, AMPERE_SMALL)
     rows = max(16, triton.next_power_of_2(tokens))
-    if rows == SMALL_BATCH and rows in choices:
-        return choices[rows]
-    up, down = (tile._replace(rows=rows) for tile in small)
-    return Tiles(up, down, down, tiles.outer)
+    if rows < SMALL_BATCH or (rows == SMALL_BATCH and rows not in choices):
+        up, down = (tile._replace(rows=rows) for tile in small)
+        return Tiles(up, down, down, choices[max(choices)].outer)
+    # The smallest that holds an average expert: an empty row costs what a full one does.
+    return choices[next((rows for rows in choices if rows_an_expert <= rows), max(choices))]
 
 
 @jit
@@ -299,10 +292,10 @@ def store(at, value, mask):
 
 
 @jit
-def own_tile(tile_M3, tiles, columns, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """This program's expert (-1: nothing to do), its first row among the sorted pairs, the expert's last, its tile of columns.
+def own_tile(tile_M3, tiles, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """This program's expert (-1: nothing to do), its rows among the sorted pairs, those that are live, its tile of columns.
 
-    GROUP tiles of rows go side by side.
+    Dead rows repeat the first one, so that what is loaded for them is memory that exists. GROUP tiles of rows go side by side.
     """
     program = tl.program_id(0)
     across = tl.cdiv(columns, COLUMNS)
@@ -310,15 +303,10 @@ def own_tile(tile_M3, tiles, columns, COLUMNS: tl.constexpr, GROUP: tl.constexpr
     size = tl.minimum(tiles - group * GROUP, GROUP)
     within = program % (GROUP * across)
     at = tile_M3 + (group * GROUP + within % size) * 3
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), within // size
-
-
-@jit
-def own_rows(first, end, skipped, ROWS: tl.constexpr):
-    """Rows of a tile, and which of them are live; dead ones repeat the first, so that what is loaded is memory that exists."""
-    row = first + skipped + tl.arange(0, ROWS)
-    live = row < end
-    return tl.where(live, row, first), live
+    first = tl.load(at + 1)
+    row = first + tl.arange(0, ROWS)
+    live = row < tl.load(at + 2)
+    return tl.load(at), tl.where(live, row, first), live, within // size
 
 
 @jit
@@ -352,35 +340,25 @@ def add_product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @jit
-def products(
+def product(
     a_rows,
-    more_a_rows,
     b_columns,
     b_step,
     depth,
     ROWS: tl.constexpr,
-    MORE: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """a b in fp32 [ROWS, COLUMNS] and [MORE, COLUMNS] (if MORE): pointers to a's rows and to b's columns.
-
-    The entries of b's columns are `b_step` apart.
-    """
+    """a b in fp32 [ROWS, COLUMNS]: pointers to a's rows and to b's columns, whose entries are `b_step` apart."""
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    more_acc = acc
-    if MORE:
-        more_acc = tl.zeros([MORE, COLUMNS], tl.float32)
     for first in range(0, depth, DEPTH):
         k = first + tl.arange(0, DEPTH)
+        a = load_rows(a_rows[:, None] + k[None, :], k, depth, EVEN)
         b = load_columns(b_columns[None, :] + k[:, None] * b_step, k, depth, EVEN)
-        acc = add_product(load_rows(a_rows[:, None] + k[None, :], k, depth, EVEN), b, acc, PRECISION)
-        if MORE:
-            more_a = load_rows(more_a_rows[:, None] + k[None, :], k, depth, EVEN)
-            more_acc = add_product(more_a, b, more_acc, PRECISION)
-    return acc, more_acc
+        acc = add_product(a, b, acc, PRECISION)
+    return acc
 
 
 @jit(do_not_specialize=["tiles"])
@@ -397,50 +375,37 @@ def up(
     top_k,
     KEEP: tl.constexpr,
     ROWS: tl.constexpr,
-    MORE: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """act = silu(gate x) * (up x) of a tile of sorted pairs, whose token rows are gathered here; KEEP stores gate and up too.
-
-    Gate and up are one matmul of twice the columns, whose shared rows are then read once.
-    """
-    expert, first, end, n = own_tile(tile_M3, tiles, width, COLUMNS, GROUP)
+    """act = silu(gate x) * (up x) of a tile of sorted pairs, whose token rows are gathered here; KEEP stores gate and up too."""
+    expert, row, live, n = own_tile(tile_M3, tiles, width, ROWS, COLUMNS, GROUP)
     if expert >= 0:
-        both = tl.arange(0, 2 * COLUMNS)
-        column = in_bounds(n * COLUMNS + tl.where(both < COLUMNS, both, both - COLUMNS), width, EVEN)
-        weight = weight_E2IH + expert.to(tl.int64) * 2 * width * hidden
-        w_columns = weight + (column + tl.where(both < COLUMNS, 0, width)) * hidden
-        row, live = own_rows(first, end, 0, ROWS)
+        column = n * COLUMNS + tl.arange(0, COLUMNS)
         x_rows = x_TH + (tl.load(pair_P + row) // top_k).to(tl.int64) * hidden
-        more_row, more_live, more_x_rows = row, live, x_rows
-        if MORE:
-            more_row, more_live = own_rows(first, end, ROWS, MORE)
-            more_x_rows = x_TH + (tl.load(pair_P + more_row) // top_k).to(tl.int64) * hidden
-        acc, more_acc = products(
-            x_rows, more_x_rows, w_columns, 1, hidden, ROWS, MORE, 2 * COLUMNS, DEPTH, EVEN, PRECISION
-        )
-        swiglu(acc, gate_up_P2I, act_PI, row, live, n, width, KEEP, ROWS, COLUMNS)
-        if MORE:
-            swiglu(more_acc, gate_up_P2I, act_PI, more_row, more_live, n, width, KEEP, MORE, COLUMNS)
-
-
-@jit
-def swiglu(
-    acc, gate_up_P2I, act_PI, row, live, n, width, KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    gate, value = acc.reshape(ROWS, 2, COLUMNS).permute(0, 2, 1).split()
-    column = n * COLUMNS + tl.arange(0, COLUMNS)
-    stored = live[:, None] & (column < width)[None, :]
-    at_row = row[:, None].to(tl.int64) * width
-    store(act_PI + at_row + column[None, :], gate * tl.sigmoid(gate) * value, stored)
-    if KEEP:
-        at = gate_up_P2I + 2 * at_row + column[None, :]
-        store(at, gate, stored)
-        store(at + width, value, stored)
+        weight = weight_E2IH + expert.to(tl.int64) * 2 * width * hidden
+        gate_columns = weight + in_bounds(column, width, EVEN) * hidden
+        up_columns = gate_columns + width * hidden
+        gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+        value = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for first in range(0, hidden, DEPTH):
+            k = first + tl.arange(0, DEPTH)
+            x = load_rows(x_rows[:, None] + k[None, :], k, hidden, EVEN)
+            w_gate = load_columns(gate_columns[None, :] + k[:, None], k, hidden, EVEN)
+            w_up = load_columns(up_columns[None, :] + k[:, None], k, hidden, EVEN)
+            gate = add_product(x, w_gate, gate, PRECISION)
+            value = add_product(x, w_up, value, PRECISION)
+        stored = live[:, None] & (column < width)[None, :]
+        at_row = row[:, None].to(tl.int64) * width
+        act = gate * tl.sigmoid(gate) * value
+        store(act_PI + at_row + column[None, :], act, stored)
+        if KEEP:
+            at = gate_up_P2I + 2 * at_row + column[None, :]
+            store(at, gate, stored)
+            store(at + width, value, stored)
 
 
 @jit(do_not_specialize=["tiles"])
@@ -455,7 +420,6 @@ def rows(
     depth,
     TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr,
-    MORE: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -466,32 +430,19 @@ def rows(
 
     weight is [E, columns, depth], or [E, depth, columns] if TRANSPOSED.
     """
-    expert, first, end, n = own_tile(tile_M3, tiles, columns, COLUMNS, GROUP)
+    expert, row, live, n = own_tile(tile_M3, tiles, columns, ROWS, COLUMNS, GROUP)
     if expert >= 0:
         column = n * COLUMNS + tl.arange(0, COLUMNS)
+        a_rows = a_PD + row.to(tl.int64) * depth
         b = weight + expert.to(tl.int64) * columns * depth
         if TRANSPOSED:
-            b_columns, b_step = b + in_bounds(column, columns, EVEN), columns
+            b_columns = b + in_bounds(column, columns, EVEN)
+            acc = product(a_rows, b_columns, columns, depth, ROWS, COLUMNS, DEPTH, EVEN, PRECISION)
         else:
-            b_columns, b_step = b + in_bounds(column, columns, EVEN) * depth, 1
-        row, live = own_rows(first, end, 0, ROWS)
-        a_rows = a_PD + row.to(tl.int64) * depth
-        more_row, more_live, more_a_rows = row, live, a_rows
-        if MORE:
-            more_row, more_live = own_rows(first, end, ROWS, MORE)
-            more_a_rows = a_PD + more_row.to(tl.int64) * depth
-        acc, more_acc = products(
-            a_rows, more_a_rows, b_columns, b_step, depth, ROWS, MORE, COLUMNS, DEPTH, EVEN, PRECISION
-        )
-        put(acc, out_PC, pair_P, row, live, column, columns)
-        if MORE:
-            put(more_acc, out_PC, pair_P, more_row, more_live, column, columns)
-
-
-@jit
-def put(acc, out_PC, pair_P, row, live, column, columns):
-    at = out_PC + tl.load(pair_P + row)[:, None].to(tl.int64) * columns + column[None, :]
-    store(at, acc, live[:, None] & (column < columns)[None, :])
+            b_columns = b + in_bounds(column, columns, EVEN) * depth
+            acc = product(a_rows, b_columns, 1, depth, ROWS, COLUMNS, DEPTH, EVEN, PRECISION)
+        at = out_PC + tl.load(pair_P + row)[:, None].to(tl.int64) * columns + column[None, :]
+        store(at, acc, live[:, None] & (column < columns)[None, :])
 
 
 @jit
@@ -574,16 +525,13 @@ def act_backward(
     <grad, down @ act> = <grad @ down, act>: dot_NP, the share of these columns in the routing weight's gradient, needs no
     stored expert output. ACT stores weight * act, which the gradient of `down` needs.
     """
-    expert, first, end, n = own_tile(tile_M3, tiles, width, COLUMNS, GROUP)
+    expert, row, live, n = own_tile(tile_M3, tiles, width, ROWS, COLUMNS, GROUP)
     if expert >= 0:
-        row, live = own_rows(first, end, 0, ROWS)
         column = n * COLUMNS + tl.arange(0, COLUMNS)
         pair = tl.load(pair_P + row)
         grad_rows = grad_TH + (pair // top_k).to(tl.int64) * hidden
         b = weight_EHI + expert.to(tl.int64) * hidden * width + in_bounds(column, width, EVEN)
-        grad, _ = products(
-            grad_rows, grad_rows, b, width, hidden, ROWS, 0, COLUMNS, DEPTH, EVEN, PRECISION
-        )
+        grad = product(grad_rows, b, width, hidden, ROWS, COLUMNS, DEPTH, EVEN, PRECISION)
         # In halves, because a whole tile of everything that is read and written here does not fit the registers.
         left, right = grad.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
         half = n * COLUMNS + tl.arange(0, COLUMNS // 2)
@@ -661,18 +609,10 @@ def launch(kernel, grid: tuple, *arguments, warps: int = 4, stages: int = 1, **c
 
 
 def launch_matmul(kernel, tile: Tile, grid: tuple, even: bool, *arguments, **constants) -> None:
-    if "MORE" in kernel.arg_names:
-        # Rows come in powers of two: 192 are 128 and 64 more.
-        constants["MORE"] = tile.rows - power_of_two(tile.rows)
     launch(
-        kernel, grid, *arguments, warps=tile.warps, stages=tile.stages, ROWS=power_of_two(tile.rows), COLUMNS=tile.columns,
+        kernel, grid, *arguments, warps=tile.warps, stages=tile.stages, ROWS=tile.rows, COLUMNS=tile.columns,
         DEPTH=tile.depth, GROUP=TILE_GROUP, EVEN=even, PRECISION=precision(), **constants,
     )  # fmt: skip
-
-
-def power_of_two(number: int) -> int:
-    """The largest that is not above."""
-    return 1 << (number.bit_length() - 1)
 
 
 def fitted(tile: Tile, columns: int) -> Tile:
@@ -856,8 +796,7 @@ def kernels_backward(
     if not pairs:
         return torch.zeros_like(x_TH), torch.zeros_like(weight_TK), grad_gate_up, grad_down
     tiles = tiles_for(capability(x_TH), x_TH.dtype, tokens, pairs / experts)
-    rows_a_tile = tiles.act_backward.rows
-    pair_P, start_E1, tile_M3 = sorted_pairs = sort_pairs(expert_TK, experts, rows_a_tile)
+    pair_P, start_E1, tile_M3 = sorted_pairs = sort_pairs(expert_TK, experts, tiles.up.rows)
     grad_gate_up_P2I = torch.empty_like(gate_up_P2I)
     act_PI = x_TH.new_empty(pairs if need_down else 0, width)
     # Zeros: pairs of other ranks' experts are written by no program.
@@ -879,7 +818,7 @@ def kernels_backward(
         )
     row_PH = x_TH.new_empty(pairs, hidden)
     launch_tiles(
-        rows, tiles.down._replace(rows=rows_a_tile), len(tile_M3), hidden, 2 * width,
+        rows, tiles.down, len(tile_M3), hidden, 2 * width,
         grad_gate_up_P2I, gate_up_E2IH, pair_P, tile_M3, row_PH, len(tile_M3), hidden, 2 * width, TRANSPOSED=True,
     )  # fmt: skip
     grad_weight_TK = dot_NP.sum(dim=0).view(tokens, top_k).to(weight_TK.dtype)
