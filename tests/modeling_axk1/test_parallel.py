@@ -1,16 +1,27 @@
 """Does a model on several ranks compute, learn, hold and read what it should? Against one process, over gloo on a CPU."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 from transformers.distributed import DistributedConfig
+from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 pytest.importorskip("transformers.distributed.expert_parallel", reason="sharding by plans needs transformers 5.21")
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
-from tests.modeling_axk1.parallel_checks import check_layouts, check_pair, ids_of_16, infer_and_train
+from modeling_axk1.quantization_axk1 import load_quantized
+from tests.modeling_axk1.parallel_checks import (
+    NF4,
+    check_layouts,
+    check_pair,
+    ids_of_16,
+    infer_and_train,
+    infer_quantized,
+)
 from tests.random_models import YARN, ours, padded_ids
 from tests.ranks import run_on_ranks
 from tests.tolerances import CACHED_STEP, GRADIENT, PREFILL
@@ -27,6 +38,11 @@ LAYOUTS = {
     "tp4_ep4": {"tp_size": 4, "ep_size": 4},
     "tp2_fsdp2_ep4": {"tp_size": 2, "fsdp_size": 2, "ep_size": 4},
 }
+QWEN3_MOE = {
+    "vocab_size": 67, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "moe_intermediate_size": 32, "intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 32,
+    "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
 TRAINED = [name for name, sizes in LAYOUTS.items() if "pp_size" not in sizes]
 
 
@@ -80,8 +96,15 @@ def pair(saved, tmp_path_factory):
     folder, ids, mask, _ = saved
     out = tmp_path_factory.mktemp("two")
     ours(equal_heads()).save_pretrained(out / "equal_heads")
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**QWEN3_MOE)).save_pretrained(out / "qwen3_moe")
     paths = str(folder), str(out / "equal_heads"), str(out / "pipelined")
-    return out, run_on_ranks(2, out, check_pair, *paths, layouts_of(2), ids, mask)
+    mixtures = [str(path) for path in mixtures_of(saved, out).values()]
+    return out, run_on_ranks(2, out, check_pair, *paths, mixtures, layouts_of(2), ids, mask)
+
+
+def mixtures_of(saved, out) -> dict[str, Path]:
+    return {"axk1": saved[0], "qwen3_moe": out / "qwen3_moe"}
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +166,7 @@ def test_a_training_step_equals_one_process(saved, ranks, layout):
 
 def test_a_pipelined_step_equals_one_process_and_its_checkpoint_loads_anywhere(saved, pair):
     truth, (out, results) = saved[3], pair
-    (no_loss, first), (loss, last) = (step for _, step, _ in results)
+    (no_loss, first), (loss, last) = (step for _, step, *_ in results)
     assert no_loss is None and not first.keys() & last.keys()
     torch.testing.assert_close(loss, truth["loss"], atol=PREFILL, rtol=0)
     assert_gradients_equal(first | last, truth["gradients"])
@@ -160,7 +183,7 @@ def test_rows_cut_over_ranks_learn_as_one_process_does(saved, pair):
     model = ours(equal_heads()).train()
     truth = model(ids, labels=ids).loss
     truth.backward()
-    for *_, (loss, gradients) in results:
+    for _, _, (loss, gradients), _ in results:
         torch.testing.assert_close(loss, truth.detach(), atol=PREFILL, rtol=0)
         assert_gradients_equal(gradients, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
@@ -176,6 +199,30 @@ def test_what_cannot_train_on_a_pipeline_is_refused(field, value, reason):
     model.config.distributed_config = DistributedConfig(pp_size=2)
     with pytest.raises(ValueError, match=reason):
         pipeline_schedule(model, micro_batches=2)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["axk1", "qwen3_moe"])
+def test_quantised_experts_dealt_to_ranks_infer_and_learn_as_in_one_process(saved, pair, place):
+    """Each rank reads, quantises and runs half of them; what stands beside them is whole on both."""
+    out, results = pair
+    model = load_quantized(list(mixtures_of(saved, out).values())[place], BitsAndBytesConfig(**NF4))
+    truth = infer_quantized(model, saved[1])
+    for *_, found in results:
+        torch.testing.assert_close(found[place]["logits"], truth["logits"], atol=PREFILL, rtol=0)
+        assert torch.equal(found[place]["tokens"], truth["tokens"])
+        torch.testing.assert_close(found[place]["loss"], truth["loss"], atol=PREFILL, rtol=0)
+        assert_gradients_equal(found[place]["gradients"], truth["gradients"])
+    first, second = (set(found[place]["experts"]) for *_, found in results)
+    assert len(first) == len(second) and not first & second
+    assert first | second == {name for name in model.state_dict() if ".experts." in name}
+
+
+def test_a_rank_of_quantised_experts_does_not_take_its_own_for_all(pair):
+    """What it saved or adapted would lack the other ranks' experts."""
+    for *_, found in pair[1]:
+        saving, dequantising, adapting = found[0]["refused"]
+        assert "This rank holds 4 of 8 quantised experts a layer and cannot save the model" in saving
+        assert "cannot dequantise the model" in dequantising and "cannot adapt the routed experts" in adapting
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
