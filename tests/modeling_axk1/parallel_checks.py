@@ -188,14 +188,14 @@ def train_context_parallel(path: str, ids: Tensor) -> tuple[Tensor, dict]:
 
 
 def check_pair(
-    path: str, equal_heads: str, out: str, mixtures: list[str], layouts: dict, ids: Tensor, mask: Tensor
+    path: str, equal_heads: str, out: str, mixtures: list[tuple[str, type]], layouts: dict, ids: Tensor, mask: Tensor
 ) -> tuple:
     """All that two ranks are asked, in one start of them."""
     return (
         check_layouts(path, layouts, ids, mask),
         train_pipeline(path, out, ids, micro_batches=2),
         train_context_parallel(equal_heads, ids_of_16(ids)),
-        [check_quantized(mixture, ids) for mixture in mixtures],
+        [check_quantized(*mixture, ids) for mixture in mixtures],
     )
 
 
@@ -222,11 +222,20 @@ def refusal(act) -> str:
     return ""
 
 
-def check_quantized(path: str, ids: Tensor) -> dict:
+def check_quantized(path: str, kind: type, ids: Tensor) -> dict:
     """On this rank: what a model infers and learns with quantised experts of the rank's own, which they are, what it refuses."""
     ranks = dist.get_world_size()
-    layout = DistributedConfig(tp_size=ranks, ep_size=ranks)
-    model = load_quantized(path, BitsAndBytesConfig(**NF4), distributed_config=layout)
+    ways = {"model_class": kind, "distributed_config": DistributedConfig(tp_size=ranks, ep_size=ranks)}
+    model = load_quantized(path, BitsAndBytesConfig(**NF4), **ways)
     acts = (lambda: model.save_pretrained("nowhere"), model.dequantize, lambda: lora_config(model, targets=["routed"]))
     names = [name for name in model.state_dict() if ".experts." in name]
-    return infer_quantized(model, ids) | {"experts": names, "refused": [refusal(act) for act in acts]}
+    found = infer_quantized(model, ids) | {"experts": names, "refused": [refusal(act) for act in acts]}
+    half = load_quantized(path, BitsAndBytesConfig(**NF4), **ways, dtype=torch.bfloat16)
+    return found | {"held": quantized_model_bytes(half)}
+
+
+def quantized_model_bytes(model: AxK1ForCausalLM) -> int:
+    """Of this rank's weights, scales and code books, in NF4 with double quantisation."""
+    # The text holds names of sizes and types, and the offset of a matrix's scales: 4 bytes.
+    held = {name: local(t).nbytes for name, t in model.state_dict().items() if "quant_state.bitsandbytes" not in name}
+    return sum(held.values()) + 4 * sum("nested_absmax" in name for name in held)

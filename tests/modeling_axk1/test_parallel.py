@@ -26,7 +26,7 @@ from tests.random_models import YARN, ours, padded_ids
 from tests.ranks import run_on_ranks
 from tests.tolerances import CACHED_STEP, GRADIENT, PREFILL
 from trainers.pipeline import pipeline_schedule
-from trainers.sharding import held_parameters, held_shapes
+from trainers.sharding import four_bit_bytes, held_parameters, held_shapes
 
 # Expert parallelism of four beside tensor parallelism of two needs FSDP for the other factor of two.
 LAYOUTS = {
@@ -38,6 +38,7 @@ LAYOUTS = {
     "tp4_ep4": {"tp_size": 4, "ep_size": 4},
     "tp2_fsdp2_ep4": {"tp_size": 2, "fsdp_size": 2, "ep_size": 4},
 }
+MIXTURES = ["axk1", "qwen3_moe"]
 QWEN3_MOE = {
     "vocab_size": 67, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
     "moe_intermediate_size": 32, "intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 32,
@@ -99,12 +100,13 @@ def pair(saved, tmp_path_factory):
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**QWEN3_MOE)).save_pretrained(out / "qwen3_moe")
     paths = str(folder), str(out / "equal_heads"), str(out / "pipelined")
-    mixtures = [str(path) for path in mixtures_of(saved, out).values()]
+    mixtures = mixtures_of(saved, out)
     return out, run_on_ranks(2, out, check_pair, *paths, mixtures, layouts_of(2), ids, mask)
 
 
-def mixtures_of(saved, out) -> dict[str, Path]:
-    return {"axk1": saved[0], "qwen3_moe": out / "qwen3_moe"}
+def mixtures_of(saved, out: Path) -> list[tuple[str, type]]:
+    """Folder and class, ours and another: MIXTURES."""
+    return [(str(saved[0]), AxK1ForCausalLM), (str(out / "qwen3_moe"), Qwen3MoeForCausalLM)]
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +203,12 @@ def test_what_cannot_train_on_a_pipeline_is_refused(field, value, reason):
         pipeline_schedule(model, micro_batches=2)
 
 
-@pytest.mark.parametrize("place", [0, 1], ids=["axk1", "qwen3_moe"])
+@pytest.mark.parametrize("place", [0, 1], ids=MIXTURES)
 def test_quantised_experts_dealt_to_ranks_infer_and_learn_as_in_one_process(saved, pair, place):
     """Each rank reads, quantises and runs half of them; what stands beside them is whole on both."""
     out, results = pair
-    model = load_quantized(list(mixtures_of(saved, out).values())[place], BitsAndBytesConfig(**NF4))
+    path, kind = mixtures_of(saved, out)[place]
+    model = load_quantized(path, BitsAndBytesConfig(**NF4), model_class=kind)
     truth = infer_quantized(model, saved[1])
     for *_, found in results:
         torch.testing.assert_close(found[place]["logits"], truth["logits"], atol=PREFILL, rtol=0)
@@ -215,6 +218,11 @@ def test_quantised_experts_dealt_to_ranks_infer_and_learn_as_in_one_process(save
     first, second = (set(found[place]["experts"]) for *_, found in results)
     assert len(first) == len(second) and not first & second
     assert first | second == {name for name in model.state_dict() if ".experts." in name}
+
+
+def test_ranks_hold_the_predicted_bytes_in_4_bits(pair):
+    # A vocabulary of 67 is cut into 34 and 33.
+    assert sum(found[0]["held"] for *_, found in pair[1]) == 2 * four_bit_bytes(config(), 2)
 
 
 def test_a_rank_of_quantised_experts_does_not_take_its_own_for_all(pair):
