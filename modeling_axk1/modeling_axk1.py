@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from .cache_axk1 import grow_in_place, page_sizes, row_lengths, update_pages
 from .configuration_axk1 import AxK1Config
 from .fp8_axk1 import fp8_experts_forward
 from .generation_axk1 import ThinkingGenerationMixin
+from .loading_axk1 import read_in_parts
 from .loss_axk1 import fused_causal_lm_loss, next_token_targets
 from .mla_kernels import attend_latents_op, attend_pages_op, takes
 from .moe_dispatch import axk1_experts_forward, missing_for_kernels, route_op
@@ -755,6 +757,14 @@ class AxK1PreTrainedModel(QuantizesExperts, PreTrainedModel):
                 f"{missing[0]} the first; use the config.json that belongs to these weights, or the class that saved them."
             )
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *rest, **options):
+        """As transformers', but ranks of tensor parallelism read no byte that another one reads, unless it is to be quantised."""
+        with read_in_parts(model) if load_config.hf_quantizer is None else nullcontext():
+            return QuantizesExperts._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, *rest, **options
+            )
 
     def _resolve_parallel_plans(self, distributed_config):
         """As transformers', but a tensor-parallel size that would cut through a head is refused."""

@@ -187,14 +187,30 @@ def train_context_parallel(path: str, ids: Tensor) -> tuple[Tensor, dict]:
     return loss, gradients
 
 
+@torch.no_grad()
+def check_unlike_files(sparse: str, other: str, ids: Tensor) -> dict:
+    """Under tensor parallelism: logits from a file that lacks what may be lacking; what is said of one of other sizes."""
+    layout = {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
+    refused = refusal(lambda: AxK1ForCausalLM.from_pretrained(other, **layout))
+    return {"logits": AxK1ForCausalLM.from_pretrained(sparse, **layout)(ids).logits, "refused": refused}
+
+
 def check_pair(
-    path: str, equal_heads: str, out: str, mixtures: list[tuple[str, type]], layouts: dict, ids: Tensor, mask: Tensor
+    path: str,
+    equal_heads: str,
+    out: str,
+    unlike: tuple[str, str],
+    mixtures: list[tuple[str, type]],
+    layouts: dict,
+    ids: Tensor,
+    mask: Tensor,
 ) -> tuple:
     """All that two ranks are asked, in one start of them."""
     return (
         check_layouts(path, layouts, ids, mask),
         train_pipeline(path, out, ids, micro_batches=2),
         train_context_parallel(equal_heads, ids_of_16(ids)),
+        check_unlike_files(*unlike, ids),
         [check_quantized(*mixture, ids) for mixture in mixtures],
     )
 

@@ -1,11 +1,12 @@
 """Does a model on several ranks compute, learn, hold and read what it should? Against one process, over gloo on a CPU."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 from transformers.distributed import DistributedConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -99,9 +100,28 @@ def pair(saved, tmp_path_factory):
     ours(equal_heads()).save_pretrained(out / "equal_heads")
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**QWEN3_MOE)).save_pretrained(out / "qwen3_moe")
-    paths = str(folder), str(out / "equal_heads"), str(out / "pipelined")
-    mixtures = mixtures_of(saved, out)
-    return out, run_on_ranks(2, out, check_pair, *paths, mixtures, layouts_of(2), ids, mask)
+    unlike = sparse_copy(folder, out / "sparse"), copy_with(folder, out / "other", kv_lora_rank=23)
+    paths = str(folder), str(out / "equal_heads"), str(out / "pipelined"), unlike
+    return out, run_on_ranks(2, out, check_pair, *paths, mixtures_of(saved, out), layouts_of(2), ids, mask)
+
+
+def copy_with(folder: Path, copy: Path, **fields) -> str:
+    """The folder with other values in its config.json."""
+    shutil.copytree(folder, copy)
+    file = copy / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return str(copy)
+
+
+def sparse_copy(folder: Path, copy: Path) -> str:
+    """As stock transformers saves it, without the dense layer's norm, and as the release is, without the routers' biases."""
+    copy_with(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    lacking = [name for name in tensors if "layers.0.post_mlp" in name or "correction_bias" in name]
+    assert len(lacking) == 3
+    kept = {name: tensor for name, tensor in tensors.items() if name not in lacking}
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    return str(copy)
 
 
 def mixtures_of(saved, out: Path) -> list[tuple[str, type]]:
@@ -185,7 +205,7 @@ def test_rows_cut_over_ranks_learn_as_one_process_does(saved, pair):
     model = ours(equal_heads()).train()
     truth = model(ids, labels=ids).loss
     truth.backward()
-    for _, _, (loss, gradients), _ in results:
+    for _, _, (loss, gradients), *_ in results:
         torch.testing.assert_close(loss, truth.detach(), atol=PREFILL, rtol=0)
         assert_gradients_equal(gradients, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
@@ -241,15 +261,27 @@ def test_each_rank_holds_what_was_predicted(ranks, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_rank_reads_what_it_holds_and_no_more(ranks, layout):
-    """Over all ranks each byte once, but for what tensor parallelism leaves whole on each of its ranks."""
-    biases = [0, 2] if layout == "pp2" else [2] * world_of(LAYOUTS[layout])
-    # A router's correction bias is a buffer, of 4 bytes an expert: read, and not among the parameters.
-    read = [result["read"] - layers * 4 * config().n_routed_experts for result, layers in zip(ranks[layout], biases)]
-    held = [result["held"] for result in ranks[layout]]
-    assert read == held
-    if "tp_size" not in LAYOUTS[layout]:
-        assert sum(read) == sum(p.nbytes for p in AxK1ForCausalLM(config()).parameters())
+def test_ranks_read_each_byte_once(saved, ranks, layout):
+    # The routers' biases are buffers, of 4 bytes an expert: in the file, and not among the parameters.
+    stored = sum(tensor.nbytes for tensor in load_file(saved[0] / "model.safetensors").values())
+    assert stored == sum(p.nbytes for p in AxK1ForCausalLM(config()).parameters()) + 2 * 4 * config().n_routed_experts
+    assert sum(result["read"] for result in ranks[layout]) == stored
+    # None reads for the others.
+    assert all(0 < result["read"] <= result["held"] + 2 * 4 * config().n_routed_experts for result in ranks[layout])
+
+
+def test_ranks_load_a_file_that_lacks_what_may_be_lacking(saved, pair):
+    with torch.no_grad():
+        truth = AxK1ForCausalLM.from_pretrained(pair[0] / "sparse")(saved[1]).logits
+    assert not torch.equal(truth, saved[3]["logits"]), "the biases do nothing"
+    for *_, found, _ in pair[1]:
+        torch.testing.assert_close(found["logits"], truth, atol=PREFILL, rtol=0)
+
+
+def test_ranks_say_alike_that_a_file_is_of_other_sizes(pair):
+    """Of 28 rows for 27 one rank finds the part that it expects, and would wait for the other."""
+    for *_, found, _ in pair[1]:
+        assert "model.layers.0.self_attn.kv_a_proj_with_mqa.weight is not [27, 48], as the config" in found["refused"]
 
 
 def test_the_attention_and_the_experts_of_k1_are_split():
