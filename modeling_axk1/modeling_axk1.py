@@ -27,6 +27,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask
@@ -982,6 +983,9 @@ class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin, DraftingGene
             if any(matrix_of(layer.self_attn.kv_b_proj) is None for layer in layers):
                 # Out of block tables only the absorbed form attends.
                 manager.continuous_batching_config.max_blocks_per_request = 0
+            # transformers makes room for what those processors need that it converted itself, not for ours.
+            processors = manager.logit_processor.logits_processor
+            manager.logit_processor.tensors_required = sum(isinstance(p, ContinuousBatchingLogitsProcessor) for p in processors)
             # The pages' sizes are read from the configuration, once.
             config, self.config = self.config, page_sizes(self.config)
             try:
