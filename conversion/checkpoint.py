@@ -30,6 +30,8 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 # The limit of the safetensors library itself: a longer header is an attack or a corrupt length.
 MAX_HEADER_BYTES = 100_000_000
+# How the file begins that a clone without git-lfs has in the place of a large one.
+LFS_POINTER = b"version https://git-lfs"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -122,6 +124,8 @@ def _read_json_header(path: Path) -> tuple[dict, int]:
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
+        if prefix == LFS_POINTER[:8]:
+            raise ValueError(f"{path} is a pointer of Git LFS and not the weights; run git lfs pull, or hf download.")
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else file_bytes
         if 8 + header_bytes > file_bytes or header_bytes > MAX_HEADER_BYTES:
             raise ValueError(

@@ -404,8 +404,8 @@ def check_files(folder: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[F
     for path in sorted(folder.glob("model*.safetensors")):
         try:
             form = read_metadata(path).get("format")
-        except ValueError:
-            # Reported among the tensors, with the reason.
+        except (ValueError, OSError):
+            # Reported among the tensors, with the reason; or a link to nothing, which the model does not ask for.
             continue
         if form != "pt":
             fact = f"{path.name} does not say format 'pt' in its metadata, which accelerate and transformers 4 want"

@@ -33,6 +33,10 @@ AUTO_MAP = {
 }
 # Files of an earlier push, beside the config, that this one does not replace would be read with the new ones.
 STALE_SUFFIXES = (".safetensors", INDEX_NAME, ".py")
+# Access tokens (the Hub's, GitHub's, OpenAI's, AWS's) and private keys: what is pushed is read by everyone.
+SECRET = re.compile(
+    rb"\b(hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36,}|sk-[A-Za-z0-9_-]{32,}|AKIA[A-Z0-9]{16})\b|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
 # What stands between these lines is written by us, at each push; what a person wrote around them stays.
 BEGIN, END = "<!-- axk1 push: begin -->", "<!-- axk1 push: end -->"
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n?", re.DOTALL)
@@ -100,7 +104,23 @@ def plan_push(
     files["config.json"] = (json.dumps(said, indent=2) + "\n").encode()
     card = model_card(folder, repo, said, settings)
     files["README.md"] = card.encode()
+    for name, source in files.items():
+        if source not in weights:
+            check_that_all_may_read(folder, name, source)
     return Push(repo, dict(sorted(files.items())), card, diagnosis)
+
+
+def check_that_all_may_read(folder: Path, name: str, source: Path | bytes) -> None:
+    """ValueError for a secret, and for a link out of the folder, which might be one; the Hub's cache is made of links."""
+    if isinstance(source, Path):
+        home = folder.resolve()
+        homes = (home, home.parents[1] / "blobs", Path(inspect.getfile(AxK1Config)).resolve().parent)
+        if not any(source.resolve().is_relative_to(each) for each in homes):
+            raise ValueError(f"{source} is a link to {source.resolve()}, out of the folder; put the file there or remove it.")
+        source = source.read_bytes()
+    if found := SECRET.search(source):
+        begin = found[0][:8].decode()
+        raise ValueError(f"{name} holds what looks like a secret ({begin}...) and would be public; remove it, and revoke it.")
 
 
 def push_to_hub(
@@ -153,7 +173,10 @@ def model_files() -> list[Path]:
 def model_card(folder: Path, repo: str, said: dict, settings: CardSettings) -> str:
     """README.md: complete metadata, our sections, and around them what a person wrote in the folder's own README.md."""
     path = folder / "README.md"
-    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    try:
+        old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); save it as such.") from error
     results = read_results(settings.results) if settings.results else {}
     data = metadata(repo, said, _old_metadata(path, old), settings, results)
     ours = "\n\n".join([BEGIN, *sections(repo, said, data, settings, results), END])

@@ -3,6 +3,7 @@
 Axes: B prompt rows, R rows in flight (B times beams or returned sequences), S tokens so far, V vocabulary.
 """
 
+import copy
 from collections.abc import Callable
 from itertools import takewhile
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
 THINK, END_THINK, TURN_END = "<think>", "</think>", "<|im_end|>"
 NO_BUDGET = torch.iinfo(torch.long).max
@@ -91,7 +94,8 @@ def _thinking_ids(*sources: dict | GenerationConfig | None) -> ThinkingIds:
             f"generation_config has think_token_id={think} and end_think_token_id={end_think}; "
             "set both with set_thinking_tokens(model.generation_config, tokenizer)."
         )
-    stop = [] if stop is None else torch.as_tensor(stop).flatten().tolist()
+    # Continuous batching writes "none" as -1.
+    stop = [] if stop is None else [token for token in torch.as_tensor(stop).flatten().tolist() if token >= 0]
     return ThinkingIds(think, end_think, stop, setting("pad_token_id"), setting("assistant_prefix_ids"))
 
 
@@ -216,6 +220,13 @@ def _modes(enable_thinking: bool | list[bool], rows: int) -> list[bool]:
     return modes
 
 
+def _reject_idle_budget(thinking_budget) -> None:
+    if thinking_budget is not None:
+        raise ValueError(
+            f"thinking_budget={thinking_budget} has no effect while enable_thinking is None; pass enable_thinking=True."
+        )
+
+
 def _budgets(thinking_budget: int | list[int | None] | None, rows: int) -> list[int]:
     budgets = list(thinking_budget) if isinstance(thinking_budget, (list, tuple)) else [thinking_budget] * rows
     if len(budgets) != rows:
@@ -223,6 +234,24 @@ def _budgets(thinking_budget: int | list[int | None] | None, rows: int) -> list[
     if any(budget is not None and (type(budget) is not int or budget < 0) for budget in budgets):
         raise ValueError(f"thinking_budget={thinking_budget} is not a number of tokens; use 0 or more, or None.")
     return [NO_BUDGET if budget is None else budget for budget in budgets]
+
+
+def _keep_format(
+    scores: Tensor, open_R: Tensor, close_R: Tensor, ids: ThinkingIds, stop: Tensor, enforce: bool
+) -> Tensor:
+    """`scores` [R, V] masked: rows with an open thought may not stop, other rows take no tag, and `close_R` rows close."""
+    if enforce:
+        banned_RV = torch.zeros_like(scores, dtype=torch.bool)
+        banned_RV[:, ids.think] = True
+        banned_RV[:, ids.end_think] = ~open_R
+        banned_RV[:, stop] = open_R[:, None]
+        scores = scores.masked_fill(banned_RV, -torch.inf)
+        # Whatever else restricts this row (a grammar, a forced end) now leaves it nothing but to close.
+        close_R = close_R | (open_R & scores.isneginf().all(dim=-1))
+    scores = scores.masked_fill(close_R[:, None], -torch.inf)
+    # 0 is the log of probability one: being closed by force costs a beam nothing.
+    scores[:, ids.end_think] = scores[:, ids.end_think].masked_fill(close_R, 0.0)
+    return scores
 
 
 class ThinkingFormat(LogitsProcessor):
@@ -250,22 +279,46 @@ class ThinkingFormat(LogitsProcessor):
         generated_RS = input_ids[:, self.prompt_tokens :]
         open_R = thinking_R & ~(generated_RS == self.ids.end_think).any(dim=-1)
         close_R = open_R & (generated_RS.shape[1] >= budget_tokens_R)
-        if self.enforce:
-            banned_RV = torch.zeros_like(scores, dtype=torch.bool)
-            banned_RV[:, self.ids.think] = True
-            banned_RV[:, self.ids.end_think] = ~open_R
-            banned_RV[:, self.stop.to(scores.device)] = open_R[:, None]
-            scores = scores.masked_fill(banned_RV, -torch.inf)
-            # Whatever else restricts this row (a grammar, a forced end) now leaves it nothing but to close.
-            close_R = close_R | (open_R & scores.isneginf().all(dim=-1))
-        scores = scores.masked_fill(close_R[:, None], -torch.inf)
-        # 0 is the log of probability one: being closed by force costs a beam nothing.
-        scores[:, self.ids.end_think] = scores[:, self.ids.end_think].masked_fill(close_R, 0.0)
-        return scores
+        return _keep_format(scores, open_R, close_R, self.ids, self.stop.to(scores.device), self.enforce)
+
+
+class BatchThinkingFormat(ContinuousBatchingLogitsProcessor):
+    """`ThinkingFormat` of continuous batching, whose rows come and go: each brings along where its thought stands.
+
+    That is read from the request's tokens before every step, so all of them have to be known by then (no asynchronous batching).
+    """
+
+    CLOSED, OPEN, SPENT = range(3)
+    supported_kwargs: dict[str, type] = {}
+    ignored_kwargs: tuple[str, ...] = ()
+
+    def __init__(self, ids: ThinkingIds, budget_tokens: int, enforce: bool, device: torch.device):
+        self.ids, self.budget_tokens, self.enforce = ids, budget_tokens, enforce
+        self.stop = torch.tensor(ids.stop, dtype=torch.long, device=device)
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.fill_(self.CLOSED)
+
+    def prepare_tensor_args(self, requests_with_new_token: list) -> Tensor:
+        states = [self.state_of(request.state) for request in requests_with_new_token]
+        return torch.tensor(states, dtype=torch.int32)
+
+    def state_of(self, request) -> int:
+        # A request that had to leave its pages comes back with what it had generated in its prompt.
+        prompt_tokens = request._true_initial_tokens or len(request.initial_tokens)
+        generated = request.initial_tokens[prompt_tokens:] + request.generated_tokens
+        if request.initial_tokens[prompt_tokens - 1] != self.ids.think or self.ids.end_think in generated:
+            return self.CLOSED
+        return self.OPEN if len(generated) < self.budget_tokens else self.SPENT
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        state_R = tensor_arg[: scores.shape[0]]
+        spent_R = state_R == self.SPENT
+        return _keep_format(scores, (state_R == self.OPEN) | spent_R, spent_R, self.ids, self.stop, self.enforce)
 
 
 class ThinkingGenerationMixin(GenerationMixin):
-    """`generate` in two modes. Only `generate` is overridden: each decoding method of transformers stays as it is."""
+    """`generate` and `generate_batch` in two modes: each decoding method of transformers stays as it is."""
 
     def generate(
         self,
@@ -294,11 +347,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         `inputs_embeds`, for missing ids, and for lists or budgets that do not fit.
         """
         if enable_thinking is None:
-            if thinking_budget is not None:
-                raise ValueError(
-                    f"thinking_budget={thinking_budget} has no effect while enable_thinking is None; "
-                    "pass enable_thinking=True."
-                )
+            _reject_idle_budget(thinking_budget)
             return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
         ids = _thinking_ids(kwargs, generation_config, self.generation_config)
@@ -310,6 +359,53 @@ class ThinkingGenerationMixin(GenerationMixin):
         # Last, so that no other processor can talk a row out of its format.
         logits_processor = LogitsProcessorList([*(logits_processor or []), mask])
         return super().generate(input_ids_BS, generation_config, logits_processor, *args, **(kwargs | columns))
+
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        *,
+        enable_thinking: bool | list[bool] | None = None,
+        thinking_budget: int | None = None,
+        enforce_format: bool = True,
+        **kwargs,
+    ):
+        """Continuous batching as transformers', with the modes of `generate`; one budget for all rows.
+
+        ValueError as there, and for asynchronous batching and a manager that is kept, which know no modes.
+        """
+        if enable_thinking is None:
+            _reject_idle_budget(thinking_budget)
+            return super().generate_batch(inputs, generation_config, continuous_batching_config, **kwargs)
+        batching = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
+        kept = kwargs.get("persistent_manager") or getattr(self, "_cached_continuous_batching_manager", None)
+        if batching.use_async_batching or kept:
+            raise ValueError(
+                "enable_thinking needs every token before the next step and a manager of its own; leave use_async_batching "
+                "and persistent_manager out, and call destroy_cached_continuous_batching_manager() where one was kept."
+            )
+        batching.use_async_batching = False
+        if isinstance(thinking_budget, list | tuple):
+            raise ValueError(f"thinking_budget={thinking_budget} in a running batch; give one number for all of its rows.")
+        ids = _thinking_ids(generation_config, self.generation_config)
+        rows = []
+        for row, mode in zip(inputs, _modes(enable_thinking, rows=len(inputs))):
+            mask = {"attention_mask": torch.ones(1, len(row), dtype=torch.long)}
+            rows += _set_control_tokens(torch.tensor([row]), [mode], ids, mask)[0].tolist()
+        config = copy.deepcopy(generation_config or self.generation_config)
+        if config.eos_token_id is None:
+            config.eos_token_id = ids.stop
+        config.batch_thinking = {"ids": ids, "budget_tokens": _budgets(thinking_budget, 1)[0], "enforce": enforce_format}
+        return super().generate_batch(rows, config, batching, **kwargs)
+
+    def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
+        """Where continuous batching asks for its processors; ours comes last."""
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        asked = getattr(generation_config, "batch_thinking", None)
+        if asked is not None:
+            processors.append(BatchThinkingFormat(**asked, device=self.device))
+        return processors
 
 
 def _partition(output: str | list[int], tag: str | int):

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask
@@ -41,6 +43,7 @@ from .cache_axk1 import grow_in_place, page_sizes, row_lengths, update_pages
 from .configuration_axk1 import AxK1Config
 from .fp8_axk1 import fp8_experts_forward
 from .generation_axk1 import ThinkingGenerationMixin
+from .loading_axk1 import read_in_parts
 from .loss_axk1 import fused_causal_lm_loss, next_token_targets
 from .mla_kernels import attend_latents, attend_pages, takes
 from .moe_dispatch import axk1_experts_forward, missing_for_kernels, route
@@ -759,6 +762,14 @@ class AxK1PreTrainedModel(QuantizesExperts, PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *rest, **options):
+        """As transformers', but ranks of tensor parallelism read no byte that another one reads, unless it is to be quantised."""
+        with read_in_parts(model) if load_config.hf_quantizer is None else nullcontext():
+            return QuantizesExperts._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, *rest, **options
+            )
+
     def _resolve_parallel_plans(self, distributed_config):
         """As transformers', but a tensor-parallel size that would cut through a head is refused."""
         plans = super()._resolve_parallel_plans(distributed_config)
@@ -975,6 +986,9 @@ class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin, DraftingGene
             if any(matrix_of(layer.self_attn.kv_b_proj) is None for layer in layers):
                 # Out of block tables only the absorbed form attends.
                 manager.continuous_batching_config.max_blocks_per_request = 0
+            # transformers makes room for what those processors need that it converted itself, not for ours.
+            processors = manager.logit_processor.logits_processor
+            manager.logit_processor.tensors_required = sum(isinstance(p, ContinuousBatchingLogitsProcessor) for p in processors)
             # The pages' sizes are read from the configuration, once.
             config, self.config = self.config, page_sizes(self.config)
             try:

@@ -49,6 +49,8 @@ class PackedExpert(nn.Module):
 class PackedExperts(nn.Module):
     """The routed experts of one layer, each a `PackedExpert` under its number, as on disk. Frozen; whatever
     `experts_implementation` says, there is one way to run them.
+
+    Under expert parallelism the rank's own ones: `num_experts` of them, from number `first` on.
     """
 
     def __init__(self, fused: nn.Module):
@@ -56,6 +58,7 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.config, self.act_fn = fused.config, fused.act_fn
         self.num_experts, self.hidden_dim, self.intermediate_dim = fused.down_proj.shape
+        self.first, self.on_all_ranks = 0, self.num_experts
         self.dtype = fused.down_proj.dtype
         # In a tuple it is no submodule: its parameters stay on meta and are nobody's until `fuse_experts`.
         self.fused = (fused,)
@@ -64,7 +67,16 @@ class PackedExperts(nn.Module):
             self.add_module(str(expert), PackedExpert(self.hidden_dim, self.intermediate_dim, **kind))
 
     def __getitem__(self, expert: int) -> PackedExpert:
-        return self._modules[str(expert)]
+        return self._modules[str(self.first + expert)]
+
+    def keep(self, rank: int, ranks: int) -> None:
+        """Drop the experts of all ranks but `rank`, before any is loaded. ValueError if they do not divide."""
+        if self.on_all_ranks % ranks:
+            raise ValueError(f"ep_size={ranks} does not divide the {self.on_all_ranks} routed experts; use a divisor.")
+        self.num_experts = self.on_all_ranks // ranks
+        self.first = rank * self.num_experts
+        for expert in set(range(self.on_all_ranks)) - set(range(self.first, self.first + self.num_experts)):
+            del self._modules[str(expert)]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -201,10 +213,6 @@ class QuantizesExperts:
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *rest, **options):
         packed = [name for name, module in model.named_modules() if is_packed(module)]
         if packed:
-            if load_config.device_mesh is not None:
-                raise ValueError(
-                    "Quantised experts are not split over ranks; load without a tensor or expert parallel plan."
-                )
             mapping = separate_mapping(load_config.weight_mapping, model.state_dict())
             load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         quantises = load_config.hf_quantizer is not None and not load_config.hf_quantizer.pre_quantized
@@ -214,9 +222,49 @@ class QuantizesExperts:
             )
         if isinstance(getattr(model.config, "quantization_config", None), BitsAndBytesConfig):
             settle(model, packed, result[0].missing_keys)
+            elsewhere = tuple(place for name in packed for place in on_other_ranks(model.get_submodule(name), name))
+            result[0].unexpected_keys -= {key for key in result[0].unexpected_keys if key.startswith(elsewhere)}
             # Reading packed bytes has no reverse, and needs none, but saving would look for it.
             model._weight_conversions = [c for c in model._weight_conversions if not deserialises(c)]
         return result
+
+    def _resolve_parallel_plans(self, distributed_config):
+        """As transformers', but a quantised matrix is whole on every rank, and with it what its layer would cut beside it."""
+        packed = [module for module in self.modules() if is_packed(module)]
+        if packed and not any(is_fused(module) for module in self.modules()):
+            # They have no stacked tensors for these rules to name.
+            self._ep_plan = {name: style for name, style in self._ep_plan.items() if style != "grouped_gemm"}
+        tp_plan, *others = super()._resolve_parallel_plans(distributed_config)
+        if packed:
+            tp_plan = {name: style for name, style in tp_plan.items() if ".layers." not in f".{name}"}
+        return tp_plan, *others
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As transformers', but of quantised experts a rank keeps its own before any is read."""
+        packed = [module for module in model.modules() if is_packed(module)]
+        if mesh_manager is None or not packed:
+            return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        sizes = {name: n for name, n in distributed_config.to_dict().items() if name.endswith("_size") and n != 1}
+        if sizes.keys() != {"tp_size", "ep_size"} or sizes["tp_size"] != sizes["ep_size"]:
+            raise ValueError(
+                f"Quantised experts are dealt by number to ranks that share a batch, and got {sizes}; "
+                "use the number of ranks for tp_size and ep_size, and nothing else."
+            )
+        for experts in packed:
+            experts.keep(mesh_manager.get_mesh("ep").get_local_rank(), sizes["ep_size"])
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        # What brings the experts their tokens replaces their forward.
+        if not all("forward" in vars(experts) for experts in packed):
+            raise ValueError(
+                f"The expert-parallel plan of {type(model).__name__} does not reach its quantised experts; "
+                "load it without ep_size, in transformers 5.21 or newer with it."
+            )
+        return model
+
+    def save_pretrained(self, *args, **kwargs):
+        refuse_parts(self, "save")
+        return super().save_pretrained(*args, **kwargs)
 
     @staticmethod
     def _finalize_model_loading(model, *rest):
@@ -228,6 +276,7 @@ class QuantizesExperts:
 
     def dequantize(self, dtype: torch.dtype | None = None):
         """Back to plain and fused weights, in place; `save_pretrained` then writes a checkpoint for stock transformers."""
+        refuse_parts(self, "dequantise")
         # Not the config's own dtype: after a reload that is a string, which transformers 5.23 cannot cast to.
         model = super().dequantize(dtype or self.dtype)
         fuse_experts(model)
@@ -325,6 +374,21 @@ def settle(model: nn.Module, packed: list[str], missing: set[str]) -> None:
             # On CPUs with AVX512-BF16 the first forward would rewrite the weight in place: it rounds the scales to bf16, which
             # a later save writes down, and refuses outputs that 32 does not divide.
             module.support_avx512bf16_for_cpu = False
+
+
+def on_other_ranks(experts: PackedExperts, name: str) -> list[str]:
+    """Beginnings of the names that expert parallelism leaves to other ranks."""
+    return [f"{name}.{expert}." for expert in range(experts.on_all_ranks) if str(expert) not in experts._modules]
+
+
+def refuse_parts(model: nn.Module, doing: str) -> None:
+    """ValueError where a rank holds some of the experts only."""
+    for module in model.modules():
+        if is_packed(module) and module.num_experts < module.on_all_ranks:
+            raise ValueError(
+                f"This rank holds {module.num_experts} of {module.on_all_ranks} quantised experts a layer and cannot {doing} "
+                "the model; load it in one process for that."
+            )
 
 
 def predicts(model: nn.Module, name: str) -> bool:

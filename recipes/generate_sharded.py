@@ -1,6 +1,7 @@
 """How is a model too large for one device run? Each rank loads its part, all generate together, and each says what it holds.
 
 torchrun --nproc-per-node 8 -m recipes.generate_sharded MODEL --tp 8 --ep 8 --prompt "What is 2 + 3?" --think
+torchrun --nproc-per-node 8 -m recipes.generate_sharded MODEL --tp 8 --ep 8 --four-bit --prompt "What is 2 + 3?"
 torchrun --nproc-per-node 2 -m recipes.generate_sharded MODEL --pp 2 --prompt "What is 2 + 3?"
 python -m recipes.generate_sharded k1 --tp 8 --ep 8 --plan     # no weights, no GPU: what each rank would hold
 """
@@ -10,18 +11,22 @@ import argparse
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BitsAndBytesConfig
 from transformers.distributed import DistributedConfig
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM, set_thinking_tokens
 from modeling_axk1.configuration_axk1 import PRESETS
-from trainers.sharding import held_parameters
+from trainers.sharding import four_bit_bytes, held_parameters
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
-def plan(model: str, layout: DistributedConfig, bytes_each: int) -> str:
+def plan(model: str, layout: DistributedConfig, bytes_each: int, four_bit: bool = False) -> str:
     """A line for each rank of `model`, a preset's name, a folder or a Hub name."""
     config = AxK1Config.preset(model) if model in PRESETS else AxK1Config.from_pretrained(model)
     ranks = range(layout.pp_size * layout.dp_size * layout.tp_size)
+    if four_bit:
+        return f"each of {len(ranks)} ranks: {four_bit_bytes(config, len(ranks)) / 1e9:.2f} GB"
     held = {rank: held_parameters(config, layout, rank) for rank in ranks}
     return "\n".join(f"rank {rank}: {n:,} parameters, {n * bytes_each / 1e9:.2f} GB" for rank, n in held.items())
 
@@ -30,10 +35,13 @@ def held_bytes(model: AxK1ForCausalLM) -> int:
     return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in model.parameters())
 
 
-def generate(path: str, layout: DistributedConfig, prompt: str, think: bool, max_new_tokens: int) -> str:
+def generate(
+    path: str, layout: DistributedConfig, prompt: str, think: bool, max_new_tokens: int, four_bit: bool = False
+) -> str:
     """What the model says, thought and control tokens included; the same on every rank."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AxK1ForCausalLM.from_pretrained(path, distributed_config=layout, dtype="auto").eval()
+    bits = {"quantization_config": BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)} if four_bit else {}
+    model = AxK1ForCausalLM.from_pretrained(path, distributed_config=layout, dtype="auto", **bits).eval()
     set_thinking_tokens(model.generation_config, tokenizer)
     print(f"rank {dist.get_rank()}: {held_bytes(model):,} bytes of weights on {model.device}", flush=True)
     chat = [{"role": "user", "content": prompt}]
@@ -53,6 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fsdp", type=int, default=1, help="ranks that share what tp and ep left, gathered a layer at a time"
     )
+    parser.add_argument("--four-bit", action="store_true", help="linear layers in NF4; with tp and ep the number of ranks")
     parser.add_argument("--prompt", default="What is 2 + 3?")
     parser.add_argument("--think", action="store_true", help="think first (default: answer at once)")
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -65,9 +74,10 @@ def main(arguments: list[str] | None = None) -> str:
     options = parse(arguments)
     layout = DistributedConfig(tp_size=options.tp, ep_size=options.ep, pp_size=options.pp, fsdp_size=options.fsdp)
     if options.plan:
-        said = plan(options.model, layout, options.bytes)
+        said = plan(options.model, layout, options.bytes, options.four_bit)
     else:
-        said = generate(options.model, layout, options.prompt, options.think, options.max_new_tokens)
+        asked = options.prompt, options.think, options.max_new_tokens
+        said = generate(options.model, layout, *asked, options.four_bit)
     if options.plan or dist.get_rank() == 0:
         print(said)
     return said

@@ -4,8 +4,13 @@ Requests are read, streamed and answered by transformers' serving parts. What is
 (theirs would build transformers' own), generation keeps the mode's format, and a request can set mode and budget.
 """
 
+import asyncio
+import threading
 import uuid
+from collections.abc import Coroutine
 from pathlib import Path
+
+import torch
 
 try:
     import uvicorn
@@ -19,7 +24,7 @@ except (ImportError, NameError) as missing:
     # NameError: transformers' own guard leaves names undefined when one of the packages is absent.
     raise ImportError("axk1 serve needs fastapi, uvicorn and openai; pip install 'axk1[serve]'.") from missing
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 from transformers.utils.versions import require_version
@@ -30,6 +35,8 @@ require_version("transformers>=5.21", "Before 5.21 its serving parts drop reason
 
 # OpenAI's names. All but the first mean thinking: A.X K1 has two modes, the budget bounds the thought.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+# How often a request that is being answered in one piece is asked whether its client still listens.
+LISTENING_CHECK_S = 0.2
 
 
 def _with_mode(body: dict) -> dict:
@@ -44,6 +51,43 @@ def _with_mode(body: dict) -> dict:
         raise ValueError(f"reasoning_effort={effort!r} is unknown; use one of {', '.join(EFFORTS)}.")
     body = {key: value for key, value in body.items() if key != "reasoning_effort"}
     return body | {"chat_template_kwargs": {"enable_thinking": effort != "none"} | template}
+
+
+def _refuse_unmet(body: dict) -> None:
+    """ValueError for what transformers' serving would drop without a word to the client."""
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        raise ValueError(f"messages={messages!r} is no conversation; give a list of messages with role and content.")
+    parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
+    if others := sorted({str(part.get("type")) for part in parts} - {"text"}):
+        raise ValueError(f"content of type {', '.join(others)} is not read; this model takes text.")
+    if body.get("n") not in (None, 1):
+        raise ValueError(f"n={body['n']} answers were asked for and one is given; leave n out and ask again.")
+    if body.get("logprobs"):
+        raise ValueError("logprobs are not given; leave them out.")
+    if (form := (body.get("response_format") or {}).get("type", "text")) != "text":
+        raise ValueError(f"response_format {form!r} is not enforced here; leave it out and ask for it in words.")
+
+
+async def _while_heard(request: Request, answering: Coroutine):
+    """What `answering` returns; it is cancelled when the client hangs up, who else would keep the others waiting."""
+    task = asyncio.ensure_future(answering)
+    while not task.done():
+        await asyncio.wait({task}, timeout=LISTENING_CHECK_S)
+        if not task.done() and await request.is_disconnected():
+            task.cancel()
+            return _error(499, "The client hung up.")
+    return await task
+
+
+class Interruption(StoppingCriteria):
+    """Ends `generate` at the next token after `event` is set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
 def _in_mode(model, inputs: dict, config: GenerationConfig) -> dict:
@@ -87,8 +131,15 @@ class ThinkingGenerateManager(GenerateManager):
         )
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
-        inputs = _in_mode(model, inputs, gen_config)
-        return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        unheard = threading.Event()
+        inputs = _in_mode(model, inputs, gen_config) | {"stopping_criteria": [Interruption(unheard)]}
+        generating = super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        try:
+            # Its thread has to end by itself, and finds the result wanted.
+            return await asyncio.shield(generating)
+        except asyncio.CancelledError:
+            unheard.set()
+            raise
 
 
 class ThinkingState(GenerationState):
@@ -108,6 +159,7 @@ class ThinkingChatHandler(ChatCompletionHandler):
     _valid_params_class = ThinkingParams
 
     async def handle_request(self, body: dict, request_id: str):
+        _refuse_unmet(body)
         return await super().handle_request(_with_mode(body), request_id)
 
     def _build_generation_config(self, body: dict, *args, **kwargs) -> GenerationConfig:
@@ -145,7 +197,8 @@ def build_app(model, tokenizer, *, name: str, think: bool = False) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: dict):
-        return await handler.handle_request(body, request.headers.get("x-request-id", f"chatcmpl-{uuid.uuid4().hex}"))
+        name = request.headers.get("x-request-id", f"chatcmpl-{uuid.uuid4().hex}")
+        return await _while_heard(request, handler.handle_request(body, name))
 
     @app.get("/v1/models")
     def list_models():

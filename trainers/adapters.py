@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from modeling_axk1.moe_dispatch import unlike_swiglu
 from modeling_axk1.moe_lora import Lora, lora_experts_forward
-from modeling_axk1.quantization_axk1 import PackedExperts, expert_weights, is_fused, is_packed
+from modeling_axk1.quantization_axk1 import PackedExperts, expert_weights, is_fused, is_packed, refuse_parts
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,9 @@ def group_experts(config: PeftConfig | None, model: nn.Module) -> PeftConfig | N
     targeted = targeted_matrices(config, model, experts)
     if not targeted:
         warn_of_missed_experts(config, experts)
-    elif config.lora_dropout:
+    else:
+        refuse_parts(model, "adapt the routed experts of")
+    if targeted and config.lora_dropout:
         # It would need a mask of its own for every token-expert pair; PEFT refuses it, too.
         raise ValueError(
             f"lora_dropout={config.lora_dropout} is not available on routed experts; set it to 0 or leave them out."

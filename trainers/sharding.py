@@ -12,6 +12,7 @@ import torch
 from transformers.distributed import DistributedConfig
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
+from modeling_axk1.quantization_axk1 import block_bytes
 
 # The dimension that each style of a plan splits, counted from the end (a matrix's rows are -2, an expert's too) or the start.
 SPLIT_DIMENSION = {
@@ -72,3 +73,13 @@ def held_shapes(config: AxK1Config, layout: DistributedConfig, rank: int) -> dic
 def held_parameters(config: AxK1Config, layout: DistributedConfig, rank: int) -> int:
     """Number of parameters on `rank` of the ranks that `layout` spans; router biases are buffers and not counted."""
     return sum(math.prod(shape) for shape in held_shapes(config, layout, rank).values())
+
+
+def four_bit_bytes(config: AxK1Config, ranks: int) -> int:
+    """Bytes of weights on each of `ranks` (`tp_size` and `ep_size`): linear layers in NF4, doubly quantised, the rest in bf16.
+
+    Experts are dealt, the vocabulary is cut, the rest is whole on every rank.
+    """
+    dealt = block_bytes(config, "nf4 double", expert=ranks)
+    cut = block_bytes(config, "nf4 double", tensor=ranks)
+    return cut[0] + sum(dealt[1:-1]) + cut[-1]

@@ -170,6 +170,14 @@ FAULTS = {
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
         "error", ALL, "truncated", REFUSED,
     ),
+    "pointer": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"),
+        "error", ALL, "a pointer of Git LFS", REFUSED,
+    ),
+    "dangling": (
+        lambda f: (shutil.move(f / "model.safetensors", f / "x"), (f / "model.safetensors").symlink_to("gone")),
+        "error", ALL, "neither model.safetensors nor", REFUSED,
+    ),
     "no metadata": (
         lambda f: save_file(load_file(f / "model.safetensors"), f / "model.safetensors"),
         "warning", OURS, "format 'pt'", CLEAN,

@@ -188,6 +188,50 @@ def test_what_cannot_be_completed_is_refused(settings, repo, complaint, folder, 
         plan_push(folder, repo, settings)
 
 
+def leak_in_recipe(folder):
+    (folder / "sft.yaml").write_text(f"model: x\nhub_token: {TOKEN}\n")
+
+
+def link_out(folder):
+    (folder.parent / "private").write_text("not for the Hub")
+    (folder / "tokenizer_extra.json").symlink_to(folder.parent / "private")
+
+
+TOKEN = "hf_" + "Ab1" * 12
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (leak_in_recipe, r"README.md holds what looks like a secret \(hf_Ab1Ab\.\.\.\) and would be public"),
+        (lambda f: (f / "LICENSE").write_text("-----BEGIN RSA PRIVATE KEY-----\n"), "LICENSE holds what looks like a secret"),
+        (link_out, "tokenizer_extra.json is a link to .*private, out of the folder"),
+        (lambda f: (f / "README.md").write_bytes(b"caf\xe9"), "README.md is no text in UTF-8"),
+    ],
+    ids=["token in the recipe", "key", "link", "card"],
+)
+def test_what_is_not_for_all_to_read_is_refused(spoil, complaint, folder):
+    spoil(folder)
+    recipe = folder / "sft.yaml"
+    settings = CardSettings("mit", "en", recipe=recipe if recipe.exists() else None)
+    with pytest.raises(ValueError, match=complaint):
+        plan_push(folder, "me/nano", settings)
+
+
+def test_links_of_the_cache_and_of_weights_are_followed(folder, tmp_path):
+    cache, snapshot = tmp_path / "cache/blobs", tmp_path / "cache/snapshots/1"
+    cache.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in folder.iterdir() if path.is_file())):
+        # Weights may be kept on another disk.
+        place = cache if path.suffix != ".safetensors" else folder
+        if place is cache:
+            shutil.copyfile(path, cache / str(number))
+        (snapshot / path.name).symlink_to(cache / str(number) if place is cache else path)
+    assert plan_push(snapshot, "me/nano", SETTINGS).sizes() == plan_push(folder, "me/nano", SETTINGS).sizes()
+    assert plan_push(snapshot, "me/nano", SETTINGS, remote_code=True)
+
+
 REMOTE = """
 import sys
 sys.path = [p for p in sys.path if p != {root!r}]
@@ -218,7 +262,8 @@ def test_remote_code_goes_along_and_runs(folder, tmp_path):
         expected = AxK1ForCausalLM.from_pretrained(folder).eval()(torch.arange(10)[None]).logits
     assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
     # Pushed on without its code, it says nothing of code.
-    config = json.loads(plan_push(tmp_path / "pushed", "me/nano", SETTINGS).files["config.json"])
+    copied = shutil.copytree(tmp_path / "pushed", tmp_path / "copied")
+    config = json.loads(plan_push(copied, "me/nano", SETTINGS).files["config.json"])
     assert "auto_map" not in config
 
 

@@ -14,13 +14,17 @@ from torch.distributed.tensor.experimental._context_parallel._attention import (
     _templated_ring_attention,
     _templated_ring_attention_backward,
 )
-from transformers import DynamicCache, modeling_utils
+from transformers import BitsAndBytesConfig, DynamicCache, modeling_utils
 from transformers.distributed import DistributedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_axk1 import AxK1ForCausalLM
 from modeling_axk1.modeling_axk1 import AxK1Attention
+from modeling_axk1.quantization_axk1 import load_quantized
+from trainers.adapters import lora_config
 from trainers.pipeline import pipeline_loss, pipeline_schedule, save_pipeline
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -183,16 +187,71 @@ def train_context_parallel(path: str, ids: Tensor) -> tuple[Tensor, dict]:
     return loss, gradients
 
 
-def check_pair(path: str, equal_heads: str, out: str, layouts: dict, ids: Tensor, mask: Tensor) -> tuple:
+@torch.no_grad()
+def check_unlike_files(sparse: str, other: str, ids: Tensor) -> dict:
+    """Under tensor parallelism: logits from a file that lacks what may be lacking; what is said of one of other sizes."""
+    layout = {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
+    refused = refusal(lambda: AxK1ForCausalLM.from_pretrained(other, **layout))
+    return {"logits": AxK1ForCausalLM.from_pretrained(sparse, **layout)(ids).logits, "refused": refused}
+
+
+def check_pair(
+    path: str,
+    equal_heads: str,
+    out: str,
+    unlike: tuple[str, str],
+    mixtures: list[tuple[str, type]],
+    layouts: dict,
+    ids: Tensor,
+    mask: Tensor,
+) -> tuple:
     """All that two ranks are asked, in one start of them."""
-    by_layout = check_layouts(path, layouts, ids, mask)
     return (
-        by_layout,
+        check_layouts(path, layouts, ids, mask),
         train_pipeline(path, out, ids, micro_batches=2),
         train_context_parallel(equal_heads, ids_of_16(ids)),
+        check_unlike_files(*unlike, ids),
+        [check_quantized(*mixture, ids) for mixture in mixtures],
     )
 
 
 def ids_of_16(ids: Tensor) -> Tensor:
     """Rows of 16 tokens: what two ranks with two pieces each can share."""
     return torch.cat([ids, ids], dim=1)[:, :16].contiguous()
+
+
+def infer_quantized(model: AxK1ForCausalLM, ids: Tensor) -> dict:
+    """Logits, tokens generated, and a loss with its gradients for all that is not quantised."""
+    with torch.no_grad():
+        found = {"logits": model(ids).logits, "tokens": model.generate(ids, max_new_tokens=6, do_sample=False)}
+    loss = model.train()(ids, labels=ids).loss
+    loss.backward()
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return found | {"loss": loss.detach(), "gradients": gradients}
+
+
+def refusal(act) -> str:
+    try:
+        act()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def check_quantized(path: str, kind: type, ids: Tensor) -> dict:
+    """On this rank: what a model infers and learns with quantised experts of the rank's own, which they are, what it refuses."""
+    ranks = dist.get_world_size()
+    ways = {"model_class": kind, "distributed_config": DistributedConfig(tp_size=ranks, ep_size=ranks)}
+    model = load_quantized(path, BitsAndBytesConfig(**NF4), **ways)
+    acts = (lambda: model.save_pretrained("nowhere"), model.dequantize, lambda: lora_config(model, targets=["routed"]))
+    names = [name for name in model.state_dict() if ".experts." in name]
+    found = infer_quantized(model, ids) | {"experts": names, "refused": [refusal(act) for act in acts]}
+    half = load_quantized(path, BitsAndBytesConfig(**NF4), **ways, dtype=torch.bfloat16)
+    return found | {"held": quantized_model_bytes(half)}
+
+
+def quantized_model_bytes(model: AxK1ForCausalLM) -> int:
+    """Of this rank's weights, scales and code books, in NF4 with double quantisation."""
+    # The text holds names of sizes and types, and the offset of a matrix's scales: 4 bytes.
+    held = {name: local(t).nbytes for name, t in model.state_dict().items() if "quant_state.bitsandbytes" not in name}
+    return sum(held.values()) + 4 * sum("nested_absmax" in name for name in held)

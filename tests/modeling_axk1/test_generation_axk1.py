@@ -5,10 +5,16 @@ format nearly always: what holds here holds by enforcement.
 """
 
 import logging
+import re
+from unittest import mock
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.requests import RequestState
 
 from modeling_axk1 import AxK1ForCausalLM
 from modeling_axk1.generation_axk1 import (
@@ -556,3 +562,63 @@ def test_tokenizer_without_control_tokens_is_refused():
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     with pytest.raises(ValueError, match=r"reads <think> as \[.*\], not as one token"):
         set_thinking_tokens(GenerationConfig(), PreTrainedTokenizerFast(tokenizer_object=plain))
+
+
+# -- continuous batching -------------------------------------------------------------------------------------------
+continuous_batching = pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"), reason="transformers older than 5.23"
+)
+
+
+def batched(model, tokenizer, blocks: int = 64, **options) -> list[list[int]]:
+    """What `generate_batch` answers to each question by itself."""
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    rows = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
+    config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False)
+    batching = ContinuousBatchingConfig(page_size=8, num_blocks=blocks, max_batch_tokens=64)
+    outputs = model.generate_batch(rows, config, batching, **options).values()
+    assert not [output.error for output in outputs if output.error]
+    return [output.generated_tokens for output in outputs]
+
+
+@continuous_batching
+@pytest.mark.parametrize("budget", [None, 0, 5], ids="budget={}".format)
+@pytest.mark.parametrize("enforce", [True, False], ids=["enforced", "left alone"])
+def test_a_running_batch_keeps_the_format_as_single_rows_do(model, tokenizer, ids, budget, enforce):
+    found = batched(model, tokenizer, enable_thinking=MIXED, thinking_budget=budget, enforce_format=enforce)
+    for question, thinking, row in zip(QUESTIONS, MIXED, found):
+        prompt = prompts(tokenizer, [question])
+        modes = {"enable_thinking": thinking, "thinking_budget": budget if thinking else None, "enforce_format": enforce}
+        output = model.generate(**prompt, **modes, max_new_tokens=NEW_TOKENS, do_sample=False)
+        # The control token that `generate` appends is returned there.
+        expected = generated(output, prompt, ids)[0]
+        assert row == expected[len(expected) - len(row) :] and len(row) >= len(expected) - 1
+        assert not enforce or not breaks_format(row, thinking, ids)
+    broken = [breaks_format(row, thinking, ids) for row, thinking in zip(found, MIXED)]
+    assert any(broken) == (not enforce), "vacuous: nothing to enforce"
+
+
+@continuous_batching
+def test_a_request_that_leaves_its_pages_keeps_its_format(never_closing, tokenizer, ids):
+    expected = batched(never_closing, tokenizer, enable_thinking=True, thinking_budget=9)
+    reset = RequestState.create_equivalent_initial_request
+    with mock.patch.object(RequestState, "create_equivalent_initial_request", autospec=True, side_effect=reset) as resets:
+        assert batched(never_closing, tokenizer, blocks=10, enable_thinking=True, thinking_budget=9) == expected
+    assert resets.called, "vacuous: there was room for all"
+    assert all(row.index(ids.end_think_token_id) == 9 for row in expected)
+
+
+@continuous_batching
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"thinking_budget": 3}, "thinking_budget=3 has no effect while enable_thinking is None"),
+        ({"enable_thinking": [True]}, "enable_thinking has 1 entries for 4 rows"),
+        ({"enable_thinking": True, "thinking_budget": [1, 2, 3, 4]}, "give one number for all of its rows"),
+        ({"enable_thinking": True, "persistent_manager": True}, "a manager of its own"),
+    ],
+    ids=["budget", "modes", "budgets", "kept"],
+)
+def test_a_running_batch_refuses(model, tokenizer, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        batched(model, tokenizer, **options)

@@ -1,21 +1,33 @@
 """Does a model on several ranks compute, learn, hold and read what it should? Against one process, over gloo on a CPU."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
 from transformers.distributed import DistributedConfig
+from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 pytest.importorskip("transformers.distributed.expert_parallel", reason="sharding by plans needs transformers 5.21")
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
-from tests.modeling_axk1.parallel_checks import check_layouts, check_pair, ids_of_16, infer_and_train
+from modeling_axk1.quantization_axk1 import load_quantized
+from tests.modeling_axk1.parallel_checks import (
+    NF4,
+    check_layouts,
+    check_pair,
+    ids_of_16,
+    infer_and_train,
+    infer_quantized,
+)
 from tests.random_models import YARN, ours, padded_ids
 from tests.ranks import run_on_ranks
 from tests.tolerances import CACHED_STEP, GRADIENT, PREFILL
 from trainers.pipeline import pipeline_schedule
-from trainers.sharding import held_parameters, held_shapes
+from trainers.sharding import four_bit_bytes, held_parameters, held_shapes
 
 # Expert parallelism of four beside tensor parallelism of two needs FSDP for the other factor of two.
 LAYOUTS = {
@@ -27,6 +39,12 @@ LAYOUTS = {
     "tp4_ep4": {"tp_size": 4, "ep_size": 4},
     "tp2_fsdp2_ep4": {"tp_size": 2, "fsdp_size": 2, "ep_size": 4},
 }
+MIXTURES = ["axk1", "qwen3_moe"]
+QWEN3_MOE = {
+    "vocab_size": 67, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "moe_intermediate_size": 32, "intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 32,
+    "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
 TRAINED = [name for name, sizes in LAYOUTS.items() if "pp_size" not in sizes]
 
 
@@ -80,8 +98,35 @@ def pair(saved, tmp_path_factory):
     folder, ids, mask, _ = saved
     out = tmp_path_factory.mktemp("two")
     ours(equal_heads()).save_pretrained(out / "equal_heads")
-    paths = str(folder), str(out / "equal_heads"), str(out / "pipelined")
-    return out, run_on_ranks(2, out, check_pair, *paths, layouts_of(2), ids, mask)
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**QWEN3_MOE)).save_pretrained(out / "qwen3_moe")
+    unlike = sparse_copy(folder, out / "sparse"), copy_with(folder, out / "other", kv_lora_rank=23)
+    paths = str(folder), str(out / "equal_heads"), str(out / "pipelined"), unlike
+    return out, run_on_ranks(2, out, check_pair, *paths, mixtures_of(saved, out), layouts_of(2), ids, mask)
+
+
+def copy_with(folder: Path, copy: Path, **fields) -> str:
+    """The folder with other values in its config.json."""
+    shutil.copytree(folder, copy)
+    file = copy / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return str(copy)
+
+
+def sparse_copy(folder: Path, copy: Path) -> str:
+    """As stock transformers saves it, without the dense layer's norm, and as the release is, without the routers' biases."""
+    copy_with(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    lacking = [name for name in tensors if "layers.0.post_mlp" in name or "correction_bias" in name]
+    assert len(lacking) == 3
+    kept = {name: tensor for name, tensor in tensors.items() if name not in lacking}
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    return str(copy)
+
+
+def mixtures_of(saved, out: Path) -> list[tuple[str, type]]:
+    """Folder and class, ours and another: MIXTURES."""
+    return [(str(saved[0]), AxK1ForCausalLM), (str(out / "qwen3_moe"), Qwen3MoeForCausalLM)]
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +188,7 @@ def test_a_training_step_equals_one_process(saved, ranks, layout):
 
 def test_a_pipelined_step_equals_one_process_and_its_checkpoint_loads_anywhere(saved, pair):
     truth, (out, results) = saved[3], pair
-    (no_loss, first), (loss, last) = (step for _, step, _ in results)
+    (no_loss, first), (loss, last) = (step for _, step, *_ in results)
     assert no_loss is None and not first.keys() & last.keys()
     torch.testing.assert_close(loss, truth["loss"], atol=PREFILL, rtol=0)
     assert_gradients_equal(first | last, truth["gradients"])
@@ -160,7 +205,7 @@ def test_rows_cut_over_ranks_learn_as_one_process_does(saved, pair):
     model = ours(equal_heads()).train()
     truth = model(ids, labels=ids).loss
     truth.backward()
-    for *_, (loss, gradients) in results:
+    for _, _, (loss, gradients), *_ in results:
         torch.testing.assert_close(loss, truth.detach(), atol=PREFILL, rtol=0)
         assert_gradients_equal(gradients, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
@@ -178,6 +223,36 @@ def test_what_cannot_train_on_a_pipeline_is_refused(field, value, reason):
         pipeline_schedule(model, micro_batches=2)
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=MIXTURES)
+def test_quantised_experts_dealt_to_ranks_infer_and_learn_as_in_one_process(saved, pair, place):
+    """Each rank reads, quantises and runs half of them; what stands beside them is whole on both."""
+    out, results = pair
+    path, kind = mixtures_of(saved, out)[place]
+    model = load_quantized(path, BitsAndBytesConfig(**NF4), model_class=kind)
+    truth = infer_quantized(model, saved[1])
+    for *_, found in results:
+        torch.testing.assert_close(found[place]["logits"], truth["logits"], atol=PREFILL, rtol=0)
+        assert torch.equal(found[place]["tokens"], truth["tokens"])
+        torch.testing.assert_close(found[place]["loss"], truth["loss"], atol=PREFILL, rtol=0)
+        assert_gradients_equal(found[place]["gradients"], truth["gradients"])
+    first, second = (set(found[place]["experts"]) for *_, found in results)
+    assert len(first) == len(second) and not first & second
+    assert first | second == {name for name in model.state_dict() if ".experts." in name}
+
+
+def test_ranks_hold_the_predicted_bytes_in_4_bits(pair):
+    # A vocabulary of 67 is cut into 34 and 33.
+    assert sum(found[0]["held"] for *_, found in pair[1]) == 2 * four_bit_bytes(config(), 2)
+
+
+def test_a_rank_of_quantised_experts_does_not_take_its_own_for_all(pair):
+    """What it saved or adapted would lack the other ranks' experts."""
+    for *_, found in pair[1]:
+        saving, dequantising, adapting = found[0]["refused"]
+        assert "This rank holds 4 of 8 quantised experts a layer and cannot save the model" in saving
+        assert "cannot dequantise the model" in dequantising and "cannot adapt the routed experts" in adapting
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_rank_holds_what_was_predicted(ranks, layout):
     sizes = DistributedConfig(**LAYOUTS[layout])
@@ -186,15 +261,27 @@ def test_each_rank_holds_what_was_predicted(ranks, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_rank_reads_what_it_holds_and_no_more(ranks, layout):
-    """Over all ranks each byte once, but for what tensor parallelism leaves whole on each of its ranks."""
-    biases = [0, 2] if layout == "pp2" else [2] * world_of(LAYOUTS[layout])
-    # A router's correction bias is a buffer, of 4 bytes an expert: read, and not among the parameters.
-    read = [result["read"] - layers * 4 * config().n_routed_experts for result, layers in zip(ranks[layout], biases)]
-    held = [result["held"] for result in ranks[layout]]
-    assert read == held
-    if "tp_size" not in LAYOUTS[layout]:
-        assert sum(read) == sum(p.nbytes for p in AxK1ForCausalLM(config()).parameters())
+def test_ranks_read_each_byte_once(saved, ranks, layout):
+    # The routers' biases are buffers, of 4 bytes an expert: in the file, and not among the parameters.
+    stored = sum(tensor.nbytes for tensor in load_file(saved[0] / "model.safetensors").values())
+    assert stored == sum(p.nbytes for p in AxK1ForCausalLM(config()).parameters()) + 2 * 4 * config().n_routed_experts
+    assert sum(result["read"] for result in ranks[layout]) == stored
+    # None reads for the others.
+    assert all(0 < result["read"] <= result["held"] + 2 * 4 * config().n_routed_experts for result in ranks[layout])
+
+
+def test_ranks_load_a_file_that_lacks_what_may_be_lacking(saved, pair):
+    with torch.no_grad():
+        truth = AxK1ForCausalLM.from_pretrained(pair[0] / "sparse")(saved[1]).logits
+    assert not torch.equal(truth, saved[3]["logits"]), "the biases do nothing"
+    for *_, found, _ in pair[1]:
+        torch.testing.assert_close(found["logits"], truth, atol=PREFILL, rtol=0)
+
+
+def test_ranks_say_alike_that_a_file_is_of_other_sizes(pair):
+    """Of 28 rows for 27 one rank finds the part that it expects, and would wait for the other."""
+    for *_, found, _ in pair[1]:
+        assert "model.layers.0.self_attn.kv_a_proj_with_mqa.weight is not [27, 48], as the config" in found["refused"]
 
 
 def test_the_attention_and_the_experts_of_k1_are_split():

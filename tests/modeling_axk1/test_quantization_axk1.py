@@ -13,6 +13,7 @@ from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AXK1ForCausalLM, BitsAndBytesConfig, MixtralConfig, Qwen3MoeConfig
+from transformers.distributed import DistributedConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
@@ -279,13 +280,18 @@ def test_a_projection_left_plain_is_frozen_with_the_rest(folder):
     assert not any(parameter.requires_grad for parameter in experts.parameters())
 
 
-def test_a_parallel_plan_is_refused(folder):
-    class Config:
-        device_mesh = object()
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"fsdp_size": 2, "ep_size": 2}, {"pp_size": 2}], ids=str)
+def test_other_ways_to_split_quantised_experts_are_refused(sizes):
+    with torch.device("meta"):
+        model = AxK1ForCausalLM(tiny_config())
+        quantization.separate_experts(model, [])
+    with pytest.raises(ValueError, match="use the number of ranks for tp_size and ep_size, and nothing else"):
+        model.maybe_distribute_model(model, DistributedConfig(**sizes), object())
 
-    model = load(folder)
-    with pytest.raises(ValueError, match="not split over ranks; load without a tensor or expert parallel plan"):
-        type(model)._load_pretrained_model(model, None, [], Config)
+
+def test_experts_that_do_not_divide_are_refused(folder):
+    with pytest.raises(ValueError, match="ep_size=3 does not divide the 8 routed experts"):
+        experts_of(load(folder)).keep(0, 3)
 
 
 # -- saving, and back ----------------------------------------------------------------------------------------------

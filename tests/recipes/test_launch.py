@@ -10,11 +10,13 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 
 pytest.importorskip("transformers.distributed.expert_parallel", reason="sharding by plans needs transformers 5.21")
 
 import axk1
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM, count_parameters, set_thinking_tokens
+from modeling_axk1.quantization_axk1 import quantized_bytes
 from recipes import generate_sharded, think_fusion_sft, train_pipeline
 from tests.random_models import tiny_chat_config
 from tests.ranks import run_on_ranks
@@ -80,6 +82,9 @@ def test_generating_with_tensor_and_expert_parallelism(tmp_path):
     assert command[:3] == ["torchrun", "--nnodes", "2"] and "node7:29500" in command
     options = generate_sharded.parse(module_arguments(command, "recipes.generate_sharded"))
     assert (options.tp, options.ep, options.prompt, options.think) == (16, 16, "Hello?", True)
+    assert not options.four_bit
+    (_, command) = commands_of("generate_tp_ep.sh", tmp_path, "k1", "Hello?", FOUR_BIT="1")
+    assert generate_sharded.parse(module_arguments(command, "recipes.generate_sharded")).four_bit
 
 
 def test_generating_and_training_over_a_pipeline(tmp_path):
@@ -179,14 +184,17 @@ def launched(files, tmp_path_factory):
 
 def test_two_ranks_say_what_one_says(files, launched):
     folder, tokenizer, _ = files
-    model = AxK1ForCausalLM.from_pretrained(folder / "model").eval()
-    set_thinking_tokens(model.generation_config, tokenizer)
     chat = [{"role": "user", "content": "What is 2 + 3?"}]
     given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    torch.manual_seed(0)
-    output = model.generate(**given, enable_thinking=True, max_new_tokens=12)
-    truth = tokenizer.decode(output[0, given["input_ids"].shape[1] :])
-    assert truth and [said for said, *_ in launched[1]] == [truth, truth]
+    nf4 = BitsAndBytesConfig(**generate_sharded.NF4, bnb_4bit_compute_dtype=torch.bfloat16)
+    truths = []
+    for bits in ({}, {"quantization_config": nf4}):
+        model = AxK1ForCausalLM.from_pretrained(folder / "model", **bits).eval()
+        set_thinking_tokens(model.generation_config, tokenizer)
+        torch.manual_seed(0)
+        output = model.generate(**given, enable_thinking=True, max_new_tokens=12)
+        truths.append(tokenizer.decode(output[0, given["input_ids"].shape[1] :]))
+    assert truths[0] != truths[1] and [said for said, *_ in launched[1]] == [truths, truths]
 
 
 def test_two_stages_train_as_one_process_does(files, launched):
@@ -224,3 +232,10 @@ def test_the_plan_of_one_rank_is_the_whole_model(capsys):
     said = generate_sharded.main(["k1", "--plan"])
     total = count_parameters(AxK1Config.preset("k1"))["total"]
     assert said == f"rank 0: {total:,} parameters, {total * 2 / 1e9:.2f} GB" and said in capsys.readouterr().out
+
+
+def test_the_plan_in_4_bits():
+    said = generate_sharded.main(["k1", "--plan", "--four-bit"])
+    assert said == f"each of 1 ranks: {quantized_bytes(AxK1Config.preset('k1'), 'nf4 double') / 1e9:.2f} GB"
+    eight = generate_sharded.main(["k1", "--plan", "--four-bit", "--tp", "8", "--ep", "8"])
+    assert eight == "each of 8 ranks: 38.23 GB"

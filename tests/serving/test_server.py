@@ -7,9 +7,11 @@ import pytest
 
 pytest.importorskip("transformers", minversion="5.21", reason="serving needs transformers >= 5.21")
 
+import httpx  # noqa: E402
 import openai  # noqa: E402
 import uvicorn  # noqa: E402
 
+from modeling_axk1 import AxK1ForCausalLM  # noqa: E402
 from serving.loading import load_for_chat  # noqa: E402
 from serving.server import build_app, run_server  # noqa: E402
 
@@ -125,6 +127,54 @@ def test_bad_requests_are_answered(served):
         client.chat.completions.create(**(GREEDY | {"model": "other"}))
     with pytest.raises(openai.UnprocessableEntityError, match="Unexpected fields"):
         client.chat.completions.create(**GREEDY, extra_body={"budget": 3})
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"n": 2}, "n=2 answers were asked for and one is given"),
+        ({"logprobs": True}, "logprobs are not given"),
+        ({"response_format": {"type": "json_object"}}, "response_format 'json_object' is not enforced"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "image_url is not"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_would_be_dropped_is_refused(served, body, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        served[0].chat.completions.create(**(GREEDY | body))
+
+
+def test_a_request_without_messages_is_answered(served):
+    reply = httpx.post(f"{served[0].base_url}chat/completions", json={"model": "tiny-axk1"})
+    assert reply.status_code == 400 and "messages=None is no conversation" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_keeps_nobody_waiting(served, stream, monkeypatch):
+    client, tokenizer = served
+    steps, generate = [], AxK1ForCausalLM.forward
+
+    def forward(self, *args, **kwargs):
+        steps.append(time.monotonic())
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(AxK1ForCausalLM, "forward", forward)
+    ban = {str(tokenizer.convert_tokens_to_ids("</think>")): -1000.0}
+    body = GREEDY | {"max_tokens": 100_000, "stream": stream, "logit_bias": ban}
+    body |= {"chat_template_kwargs": {"enable_thinking": True}}
+    with (
+        pytest.raises(httpx.ReadTimeout),
+        httpx.stream("POST", f"{client.base_url}chat/completions", json=body, timeout=1.0) as reply,
+    ):
+        for _ in reply.iter_raw():
+            raise httpx.ReadTimeout("heard enough")
+    hung_up = time.monotonic()
+    assert client.chat.completions.create(**GREEDY, timeout=20).choices[0].message.content
+    assert steps[0] < hung_up, "vacuous: it had not begun"
+    time.sleep(0.5)
+    done = len(steps)
+    time.sleep(0.5)
+    assert len(steps) == done
 
 
 def test_run_server_serves_the_folder(checkpoint, monkeypatch):
