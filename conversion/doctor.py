@@ -92,6 +92,10 @@ def diagnose(folder: str | Path) -> Diagnosis:
     ValueError if there is no config.json of an A.X K1: that is no checkpoint to examine.
     """
     folder = Path(folder)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter and no model; merge it into its base with axk1 adapter merge, or send it with hf upload."
+        )
     said = read_json(folder / "config.json")
     if said.get("model_type") not in ("axk1", "AXK1"):
         raise ValueError(f"{folder} holds a model of type {said.get('model_type')!r}; doctor knows axk1 only.")

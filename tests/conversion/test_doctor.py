@@ -314,6 +314,12 @@ def test_remote_code_and_pickles_are_not_run(folder, tmp_path):
     assert not mark.exists()
 
 
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter and no model; merge it into its base with axk1 adapter merge"):
+        diagnose(tmp_path)
+
+
 def test_the_command(folder, capsys):
     assert axk1.main(["doctor", str(folder)]) == 0
     assert "vLLM          works" in capsys.readouterr().out
