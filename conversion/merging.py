@@ -234,6 +234,17 @@ def _write_companions(job: Job, shards: list[Shard], thinking_dir: Path, nonthin
     (job.folder / "README.md").write_text(card)
 
 
+def is_merge_of(folder: Path, thinking_dir: Path, nonthinking_dir: Path, alpha: float) -> bool:
+    """Whether the card in `folder` says that it is this merge. Models are told apart by their folders' names only."""
+    card = folder / "README.md"
+    said = _sum_of(thinking_dir.resolve().name, nonthinking_dir.resolve().name, alpha)
+    return card.is_file() and said in card.read_text(encoding="utf-8")
+
+
+def _sum_of(thinking: str, nonthinking: str, alpha: float) -> str:
+    return f"**{alpha:g}** x `{thinking}` (thinking) + **{1 - alpha:g}** x `{nonthinking}` (non-thinking)"
+
+
 def model_card(thinking: str, nonthinking: str, alpha: float, shards: list[Shard], done: dict[str, dict]) -> str:
     """What was merged, as the README.md of the result. It holds no date: the same merge has the same bytes."""
     rows = "\n".join(
@@ -247,8 +258,8 @@ tags:
 ---
 # {thinking} + {nonthinking}
 
-A linear merge of all parameters, **{alpha:g}** x `{thinking}` (thinking) + **{1 - alpha:g}** x `{nonthinking}`
-(non-thinking), computed in fp32 and rounded once to the stored dtype. Config, tokenizer and chat template are those of
+A linear merge of all parameters, {_sum_of(thinking, nonthinking, alpha)},
+computed in fp32 and rounded once to the stored dtype. Config, tokenizer and chat template are those of
 `{thinking}`.
 
 | file | tensors | bytes of tensors | sha256 |
