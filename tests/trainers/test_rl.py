@@ -166,6 +166,7 @@ def test_gsm8k_rows_are_judged_as_they_stand(tmp_path):
         (["--prompt_column", "ask"], "no column ask, only question, answer; name it with --prompt_column"),
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl does not exist; check the path"),
         (["--dataset", "reasoning-gym:nothing", "--prompt_column", "prompt"], "reasoning-gym has no such family"),
+        (["--dataset", "reasoning-gym:chain_sum", "--dataset_size", "0"], "dataset_size=0 leaves nothing to ask"),
         (["--judge", "maths"], "judge='maths' is unknown"),
         (["--modes", "slow"], "modes='slow' is unknown"),
         (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
