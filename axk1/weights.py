@@ -160,21 +160,26 @@ def merge(
     shard_gb: float,
 ) -> None:
     from conversion import merge_checkpoints
+    from conversion.merging import is_merge_of
 
+    shard_bytes = _bytes(shard_gb)
     targets = {out_dir / f"alpha-{each:g}": each for each in alphas} if alphas else {out_dir: alpha}
     for target, weight in targets.items():
         # A finished merge has no journal beside it; a sweep that was killed goes on behind it.
         if alphas and target.exists() and not target.with_name(target.name + ".partial.jsonl").exists():
+            if not is_merge_of(target, thinking_dir, nonthinking_dir, weight):
+                said = f"{weight:g} x {thinking_dir.name} + {1 - weight:g} x {nonthinking_dir.name}"
+                raise ValueError(f"{target} is there already, but is not {said}; choose another OUT or remove it.")
             print(f"{target} is there already")
             continue
-        merge_checkpoints(thinking_dir, nonthinking_dir, target, alpha=weight, shard_bytes=int(shard_gb * 1e9))
+        merge_checkpoints(thinking_dir, nonthinking_dir, target, alpha=weight, shard_bytes=shard_bytes)
         print(f"wrote {target}: {weight:g} x {thinking_dir} + {1 - weight:g} x {nonthinking_dir}")
 
 
 def adapter_merge(model_dir: Path, adapter_dir: Path, out_dir: Path, shard_gb: float) -> None:
     from conversion import merge_adapter
 
-    merge_adapter(model_dir, adapter_dir, out_dir, shard_bytes=int(shard_gb * 1e9))
+    merge_adapter(model_dir, adapter_dir, out_dir, shard_bytes=_bytes(shard_gb))
     print(f"wrote {out_dir}: {model_dir} with {adapter_dir} in it")
 
 

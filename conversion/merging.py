@@ -50,6 +50,8 @@ COPIED_FILES = (
     "LICENSE*",
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
+# What a tokenizer without tokenizer.json adds to its vocabulary; later libraries write it elsewhere, and one may lack the file.
+ADDED_TOKENS = "added_tokens.json"
 # Left in tokenizer.json by whoever used it last; they do not change what a token means.
 TOKENIZER_STATE = ("padding", "truncation")
 # What a config says of its own history, not of the function that the weights compute.
@@ -153,9 +155,12 @@ def _alike(a: StoredTensor, b: StoredTensor) -> bool:
 
 def check_same_tokenizer(thinking_dir: Path, nonthinking_dir: Path) -> None:
     """ValueError that says in what the two folders' tokenizers differ: the same id must be the same token."""
+    files = [*TOKENIZER_FILES]
+    if all((folder / ADDED_TOKENS).exists() for folder in (thinking_dir, nonthinking_dir)):
+        files.append(ADDED_TOKENS)
     differing = [
         difference
-        for name in TOKENIZER_FILES
+        for name in files
         if (difference := _tokenizer_difference(thinking_dir / name, nonthinking_dir / name))
     ]
     if differing:
@@ -172,6 +177,8 @@ def _tokenizer_difference(a: Path, b: Path) -> str:
         return f"{a.name} (only {(a if a.exists() else b).parent.name} has it)"
     if a.read_bytes() == b.read_bytes():
         return ""
+    if a.name == ADDED_TOKENS:
+        return "" if read_json(a) == read_json(b) else a.name
     if a.name != "tokenizer.json":
         return a.name
     left, right = read_json(a), read_json(b)
@@ -234,6 +241,17 @@ def _write_companions(job: Job, shards: list[Shard], thinking_dir: Path, nonthin
     (job.folder / "README.md").write_text(card)
 
 
+def is_merge_of(folder: Path, thinking_dir: Path, nonthinking_dir: Path, alpha: float) -> bool:
+    """Whether the card in `folder` says that it is this merge. Models are told apart by their folders' names only."""
+    card = folder / "README.md"
+    said = _sum_of(thinking_dir.resolve().name, nonthinking_dir.resolve().name, alpha)
+    return card.is_file() and said in card.read_text(encoding="utf-8")
+
+
+def _sum_of(thinking: str, nonthinking: str, alpha: float) -> str:
+    return f"**{alpha:g}** x `{thinking}` (thinking) + **{1 - alpha:g}** x `{nonthinking}` (non-thinking)"
+
+
 def model_card(thinking: str, nonthinking: str, alpha: float, shards: list[Shard], done: dict[str, dict]) -> str:
     """What was merged, as the README.md of the result. It holds no date: the same merge has the same bytes."""
     rows = "\n".join(
@@ -247,8 +265,8 @@ tags:
 ---
 # {thinking} + {nonthinking}
 
-A linear merge of all parameters, **{alpha:g}** x `{thinking}` (thinking) + **{1 - alpha:g}** x `{nonthinking}`
-(non-thinking), computed in fp32 and rounded once to the stored dtype. Config, tokenizer and chat template are those of
+A linear merge of all parameters, {_sum_of(thinking, nonthinking, alpha)},
+computed in fp32 and rounded once to the stored dtype. Config, tokenizer and chat template are those of
 `{thinking}`.
 
 | file | tensors | bytes of tensors | sha256 |

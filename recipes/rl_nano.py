@@ -96,7 +96,7 @@ class StopInTime(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.settings.check_every:
             return
-        [(thinking, _)] = measure(model, self.tokenizer, self.problems, self.settings, modes=(True,), **SAMPLED)
+        [(thinking, *_)] = measure(model, self.tokenizer, self.problems, self.settings, modes=(True,), **SAMPLED)
         self.checks.append({"step": state.global_step, "accuracy": thinking["accuracy"]})
         control.should_training_stop |= thinking["accuracy"] >= self.settings.start_accuracy
 
@@ -184,19 +184,22 @@ def evaluate(folder: Path, tokenizer, test: list[Problem], settings: Settings) -
     torch.manual_seed(settings.seed)
     greedy, sampled = (measure(model, tokenizer, test, settings, **how) for how in ({}, SAMPLED))
     return {
-        "modes": [row for row, _ in greedy],
-        "correct": [correct for _, correct in greedy],
-        "sampled": [row for row, _ in sampled],
+        "modes": [row for row, _, _ in greedy],
+        "correct": [correct for _, correct, _ in greedy],
+        "broken": [broken for _, _, broken in greedy],
+        "sampled": [row for row, _, _ in sampled],
+        "sampled_correct": [correct for _, correct, _ in sampled],
+        "sampled_broken": [broken for _, _, broken in sampled],
     }
 
 
 def measure(
     model, tokenizer, problems, settings: Settings, modes=(True, False), **how
-) -> list[tuple[dict, list[bool]]]:
-    """For each mode its result and the verdict on each problem."""
+) -> list[tuple[dict, list[bool], list[bool]]]:
+    """For each mode its result, and of each problem whether the answer is right and whether its format is broken."""
     found = []
     for thinking in modes:
-        result, _, correct = evaluate_mode(
+        result, readings, correct = evaluate_mode(
             model,
             tokenizer,
             [p.messages for p in problems],
@@ -206,20 +209,26 @@ def measure(
             batch_size=250,
             **how,
         )
-        found.append((result.as_row(), correct))
+        found.append((result.as_row(), correct, [reading.format_error for reading in readings]))
     return found
 
 
 # -- what is shown ------------------------------------------------------------------------------------------------
-def interval(correct_by_seed: Sequence[Sequence[bool]], draws: int = 2000) -> tuple[float, float]:
-    """95% bootstrap interval of the accuracy: seeds are drawn again, and within each its problems."""
+def interval(by_seed: Sequence[Sequence[bool]], draws: int = 2000) -> tuple[float, float]:
+    """95% bootstrap interval of a share: seeds are drawn again, and within each its problems."""
     rng = random.Random(0)
     means = []
     for _ in range(draws):
-        seeds = rng.choices(correct_by_seed, k=len(correct_by_seed))
+        seeds = rng.choices(by_seed, k=len(by_seed))
         means.append(sum(sum(rng.choices(each, k=len(each))) / len(each) for each in seeds) / len(seeds))
     means.sort()
     return means[int(0.025 * draws)], means[int(0.975 * draws)]
+
+
+def share(by_seed: Sequence[Sequence[bool]]) -> str:
+    """How many are true, and its interval."""
+    low, high = interval(by_seed)
+    return f"{sum(sum(each) / len(each) for each in by_seed) / len(by_seed):.1%} ({low:.1%} to {high:.1%})"
 
 
 def mean_row(rows: Sequence[dict]) -> dict[str, float]:
@@ -233,20 +242,23 @@ def result_table(runs: Sequence[dict[str, dict]]) -> list[dict]:
         results = [run[name] for run in runs]
         for place, mode in enumerate(("thinking", "non-thinking")):
             rows = [result["modes"][place] for result in results]
-            low, high = interval([result["correct"][place] for result in results])
-            mean, sampled = mean_row(rows), mean_row([result["sampled"][place] for result in results])
+            mean = mean_row(rows)
+            correct, broken, sampled_correct, sampled_broken = (
+                share([result[key][place] for result in results])
+                for key in ("correct", "broken", "sampled_correct", "sampled_broken")
+            )
             lines.append(
                 {
                     "model": name.replace("_", " "),
                     "mode": mode,
-                    "accuracy": f"{mean['accuracy']:.1%} ({low:.1%} to {high:.1%})",
+                    "accuracy": correct,
                     "R_correct": f"{2 * mean['accuracy'] - 1:+.2f}",
                     "R_format": f"{-mean['format_error']:+.3f}",
-                    "format error": f"{mean['format_error']:.1%}",
+                    "format error": broken,
                     "truncated": f"{mean['truncation']:.1%}",
                     "tokens/answer": f"{mean['tokens_per_answer']:.1f}",
-                    "accuracy at t=1": f"{sampled['accuracy']:.1%}",
-                    "format error at t=1": f"{sampled['format_error']:.1%}",
+                    "accuracy at t=1": sampled_correct,
+                    "format error at t=1": sampled_broken,
                 }
             )
     return lines

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 def models(tmp_path):
     for name, value in (("thinking", 1.0), ("nonthinking", 3.0)):
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(parents=True)
         save_file({"w": torch.full((4,), value)}, tmp_path / name / "model.safetensors")
     return [str(tmp_path / name) for name in ("thinking", "nonthinking")]
 
@@ -42,6 +42,18 @@ def test_merge_sweep_goes_on_behind_what_is_finished(tmp_path, capsys):
     assert axk1.main(arguments) == 0
     out = capsys.readouterr().out
     assert "alpha-0.5 is there already" in out and "alpha-1: 1 x" in out
+    # What is there of other models is not taken for a result.
+    models(tmp_path / "other")
+    (tmp_path / "other" / "thinking").rename(tmp_path / "other" / "better")
+    arguments[1] = str(tmp_path / "other" / "better")
+    assert axk1.main(arguments) == 2
+    assert "alpha-0.5 is there already, but is not 0.5 x better + 0.5 x nonthinking" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gigabytes", ["inf", "nan", "0"])
+def test_a_size_of_files_that_is_none(tmp_path, capsys, gigabytes):
+    assert axk1.main(["merge", *models(tmp_path), str(tmp_path / "out"), "--shard-gb", gigabytes]) == 2
+    assert f"--shard-gb {float(gigabytes)} is no size of a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,15 @@ def read_output(
     return Reading(thought_ids, answer_ids, format_error, truncated, len(body) + (not truncated))
 
 
+def control_ids_of(tokenizer) -> tuple[int, int]:
+    """The ids of `<think>` and `</think>`. ValueError if the tokenizer splits one of them."""
+    ids = tokenizer.convert_tokens_to_ids([THINK, END_THINK])
+    for tag, token in zip((THINK, END_THINK), ids):
+        if token in (None, tokenizer.unk_token_id):
+            raise ValueError(f"the tokenizer has no single token for {tag}; add it with tokenizer.add_tokens.")
+    return tuple(ids)
+
+
 def stop_ids_of(model) -> set[int]:
     """The tokens that end an answer. ValueError if the model has none."""
     stop = model.generation_config.eos_token_id
@@ -120,7 +129,7 @@ def evaluate_mode(
     is_correct(number of the prompt, answer text) is called for complete answers only. `generate_kwargs` go to
     `generate`; greedy unless they say otherwise. on_batch is told how many answers were added (a progress bar).
     """
-    think_id, end_think_id = tokenizer.convert_tokens_to_ids([THINK, END_THINK])
+    think_id, end_think_id = control_ids_of(tokenizer)
     stop_ids = stop_ids_of(model)
     readings, elapsed_s = [], 0.0
     for start in range(0, len(prompts), batch_size):

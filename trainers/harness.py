@@ -16,8 +16,15 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from trainers.evaluation import ModeResult, Reading, generate_ids_from, read_output, stop_ids_of, summarise
-from trainers.tokenizer import END_THINK, THINK
+from trainers.evaluation import (
+    ModeResult,
+    Reading,
+    control_ids_of,
+    generate_ids_from,
+    read_output,
+    stop_ids_of,
+    summarise,
+)
 
 # What a task is judged by where it has several filters: the one that looks for the answer in a sentence.
 LENIENT_FILTER = "flexible-extract"
@@ -100,7 +107,7 @@ class TwoModeLM(LM):
         self.model, self.tokenizer, self.thinking = model, tokenizer, thinking
         self.max_new_tokens, self.batch_size, self.on_batch = max_new_tokens, batch_size, on_batch
         self.generate_kwargs = generate_kwargs
-        think_id, end_think_id = tokenizer.convert_tokens_to_ids([THINK, END_THINK])
+        think_id, end_think_id = control_ids_of(tokenizer)
         self.ids = {"think_id": think_id, "end_think_id": end_think_id, "stop_ids": stop_ids_of(model)}
         self.readings: dict[tuple[str, int], Reading] = {}
         self.elapsed_s = 0.0

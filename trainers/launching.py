@@ -1,5 +1,6 @@
 """What do the training commands share? A model from a path, LoRA's names, where to go on, what is left at the end."""
 
+import json
 import logging
 import re
 from os import PathLike
@@ -84,22 +85,31 @@ def name_lora(model: ModelConfig, targets: list[str] | None, trust_remote_code: 
 def find_checkpoint(config: TrainingArguments) -> str | None:
     """`resume_from_checkpoint`: a checkpoint's folder, or `latest` for the newest whole one in `output_dir`, if any.
 
-    A checkpoint whose saving was interrupted has no trainer_state.json, which is written last: by `latest` it is passed
+    A checkpoint whose saving was interrupted has no whole trainer_state.json, which is written last: by `latest` it is passed
     over with a warning, by name it is a ValueError.
     """
     asked = config.resume_from_checkpoint
     if asked is None:
         return None
     if asked != "latest":
-        if not (Path(asked) / TRAINER_STATE_NAME).is_file():
-            raise ValueError(f"{asked} has no {TRAINER_STATE_NAME}: no checkpoint, or half of one; try latest instead.")
+        if not _is_whole(Path(asked)):
+            raise ValueError(f"{asked} has no whole {TRAINER_STATE_NAME}: no checkpoint, or half of one; try latest instead.")
         return asked
     folders = sorted(
         Path(config.output_dir).glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2])
     )
-    while folders and not (folders[-1] / TRAINER_STATE_NAME).is_file():
-        logger.warning("%s has no %s: its saving was interrupted; passed over.", folders.pop(), TRAINER_STATE_NAME)
+    while folders and not _is_whole(folders[-1]):
+        logger.warning("%s has no whole %s: its saving was interrupted; passed over.", folders.pop(), TRAINER_STATE_NAME)
     return str(folders[-1]) if folders else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """transformers writes trainer_state.json in place: killed in the midst, half of it is left."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def train_and_save(trainer, dataset: str) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, Features, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 from trainers.tokenizer import END_THINK, THINK
 
@@ -44,9 +45,11 @@ def completion_text(completion: str | list[dict]) -> str:
     """The text of a completion. A message's `reasoning_content` is written out as `thought</think>answer`."""
     if isinstance(completion, str):
         return completion
-    if len(completion) != 1 or completion[0].get("role") != "assistant":
-        raise ValueError(f"A completion must be one assistant message, got {completion!r}.")
-    thought, answer = completion[0].get("reasoning_content"), completion[0]["content"]
+    if not _are_messages(completion) or len(completion) != 1 or completion[0]["role"] != "assistant":
+        raise ValueError(f"A completion must be a text or one assistant message, got {completion!r}.")
+    thought, answer = completion[0].get("reasoning_content"), completion[0].get("content")
+    if not isinstance(answer, str):
+        raise ValueError(f"A completion must be a text or a message whose content is one, got {completion!r}.")
     return f"{thought}{END_THINK}{answer}" if thought else answer
 
 
@@ -59,14 +62,20 @@ def split_completion(completion: str | list[dict]) -> tuple[str, str]:
     return thought, answer
 
 
+def _are_messages(said: object) -> bool:
+    return bool(said) and isinstance(said, list) and all(isinstance(each, dict) and "role" in each for each in said)
+
+
 def has_unknown_tag(text: str) -> bool:
     return any(tag not in (THINK, END_THINK) for tag in FOREIGN_TAG.findall(text))
 
 
 def prompt_key(prompt: str | list[dict]) -> str:
-    """What makes two prompts the same prompt: everything but the control token that ends a text prompt."""
+    """What makes two prompts the same prompt: everything but the control token that ends a text prompt. ValueError for none."""
     if isinstance(prompt, str):
         return prompt.removesuffix(THINK).removesuffix(END_THINK)
+    if not _are_messages(prompt):
+        raise ValueError(f"A prompt must be a text or a list of messages with a role each, got {prompt!r}.")
     return json.dumps([[message["role"], message.get("content")] for message in prompt], ensure_ascii=False)
 
 
@@ -86,9 +95,9 @@ def gsm8k_row(example: dict) -> dict:
     """A thinking row from GSM8K's {"question", "answer": "the work\\n#### 18"}: the work is the thought, without its
     calculator marks. ValueError if there is no `####`.
     """
-    work, mark, answer = example["answer"].rpartition("####")
-    if not mark:
-        raise ValueError(f"A GSM8K answer ends in '#### ' and a number, got {example['answer']!r}.")
+    work, mark, answer = str(example["answer"]).rpartition("####")
+    if not mark or not isinstance(example["question"], str):
+        raise ValueError(f"A GSM8K row is a question and an answer that ends in '#### ' and a number, got {example!r}.")
     question = [{"role": "user", "content": example["question"]}]
     return make_row(question, answer.strip(), GSM8K_CALCULATION.sub("", work).strip())
 
@@ -308,16 +317,32 @@ def load_mode_overlap(source: str | Path, split: str = "train", config: str | No
         raise ValueError(
             f"{source} has the columns {sorted(columns)}; the Mode-Overlap schema is {[*MESSAGE_FEATURES]}."
         )
-    is_text = isinstance(loaded.features["prompt"], Value)
-    return loaded.select_columns([*MESSAGE_FEATURES]).cast(TEXT_FEATURES if is_text else MESSAGE_FEATURES)
+    features = TEXT_FEATURES if isinstance(loaded.features["prompt"], Value) else MESSAGE_FEATURES
+    try:
+        return loaded.select_columns([*features]).cast(features)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} has rows that are not of the Mode-Overlap schema {features} ({error}).") from error
 
 
 def load_table(source: str | Path, split: str, config: str | None) -> Dataset:
-    """A file, a folder written by `save_to_disk` or holding data files, or a Hub name."""
+    """A file, a folder written by `save_to_disk` or holding data files, or a Hub name. ValueError if there is no row to read."""
+    try:
+        table = _read_table(source, split, config)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{source} cannot be read as a table ({error.__cause__}); mend what does not fit.") from error
+    if not len(table):
+        raise ValueError(f"{source} holds no row.")
+    return table
+
+
+def _read_table(source: str | Path, split: str, config: str | None) -> Dataset:
     path = Path(source)
     if kind := FILE_FORMATS.get(path.suffix):
         if not path.is_file():
             raise ValueError(f"{source} does not exist; check the path.")
+        # `load_dataset` falls over an empty file.
+        if not path.stat().st_size:
+            return Dataset.from_list([])
         return load_dataset(kind, data_files=str(source), split="train")
     if (path / "state.json").is_file():
         return load_from_disk(str(source))

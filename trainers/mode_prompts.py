@@ -25,12 +25,13 @@ def render_prompt(
 ) -> list[int]:
     """Token ids of an instruction, ended by its mode's control token: by the chat template, or appended to a text.
 
-    ValueError where the chat template ends the turn in some way of its own.
+    ValueError where the chat template ends the turn in some way of its own, and for what is no prompt.
     """
     tag = THINK if thinking else END_THINK
     control = tokenizer.convert_tokens_to_ids(tag)
+    asked = prompt_key(prompt)
     if isinstance(prompt, str):
-        ids = tokenizer(prompt_key(prompt) + tag)["input_ids"]
+        ids = tokenizer(asked + tag)["input_ids"]
     else:
         both = [
             tokenizer.apply_chat_template(

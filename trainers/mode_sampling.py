@@ -6,15 +6,15 @@ is judged wrong is counted and left out.
 
 import hashlib
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from trainers.evaluation import Reading, generate_ids, read_output, stop_ids_of
+from trainers.evaluation import Reading, control_ids_of, generate_ids, read_output, stop_ids_of
 from trainers.mode_overlap import build_mode_overlap, make_row, prompt_key
-from trainers.tokenizer import END_THINK, THINK
 
 
 def sample_mode_overlap(
@@ -51,14 +51,15 @@ def sample_rows(
     progress: bool = True,
     **generate_kwargs,
 ) -> list[dict]:
-    """One mode's rows for the prompts that the model answers acceptably; the others are counted in a printed line.
+    """One mode's rows for the prompts that the model answers acceptably; the others are counted in a line or, without
+    `progress`, a warning.
 
     is_correct(number of the prompt, answer) may refuse an answer. `generate_kwargs` go to `generate` (greedy by default;
     the authors sample with do_sample=True, temperature=0.6, top_p=0.95). A journal of other settings is a ValueError.
     """
     plan = _plan(model, prompts, {"thinking": thinking, "max_new_tokens": max_new_tokens, **generate_kwargs})
     drawn = _Journal(journal, plan)
-    think_id, end_think_id = tokenizer.convert_tokens_to_ids([THINK, END_THINK])
+    think_id, end_think_id = control_ids_of(tokenizer)
     ids = {"think_id": think_id, "end_think_id": end_think_id, "stop_ids": stop_ids_of(model)}
     missing = range(len(drawn.lines), len(prompts))
     label = "sampling, thinking" if thinking else "sampling, non-thinking"
@@ -75,8 +76,11 @@ def sample_rows(
             bar.update(len(batch))
     refused = Counter(line["refused"] for line in drawn.lines if line["refused"])
     kept = [(prompt, line) for prompt, line in zip(prompts, drawn.lines) if not line["refused"]]
+    said = f"{label}: {len(kept)} of {len(prompts)} kept" + "".join(f", {n} {why}" for why, n in refused.items())
     if progress:
-        print(f"{label}: {len(kept)} of {len(prompts)} kept" + "".join(f", {n} {why}" for why, n in refused.items()))
+        print(said)
+    elif refused:
+        warnings.warn(said, stacklevel=2)
     return [make_row(prompt, line["answer"], line["thought"]) for prompt, line in kept]
 
 

@@ -80,6 +80,8 @@ def _with_prompts(dataset: Dataset, arguments: RlArguments) -> Dataset:
 
 def draw_from_gym(families: Sequence[str], size: int) -> Dataset:
     """`size` problems of reasoning-gym, the families taking turns; the item goes along for its verifier, as JSON."""
+    if size < 1:
+        raise ValueError(f"dataset_size={size} leaves nothing to ask; use 1 or more.")
     sources = [open_family(family, size=-(-size // len(families)), seed=0) for family in families]
     entries = [source[index] for index in range(len(sources[0])) for source in sources][:size]
     return Dataset.from_list([{"prompt": each["question"], "entry": json.dumps(each)} for each in entries])

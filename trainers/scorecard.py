@@ -4,6 +4,7 @@ Works for any causal LM whose tokenizer has the two control tokens and whose cha
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -67,6 +68,12 @@ class EvalSettings:
         for name in ("max_new_tokens", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} leaves nothing to judge; use 1 or more.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} does not exist; 0 is greedy, the authors sample at 0.6.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is no share above 0 and up to 1; the authors use 0.95.")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype={self.dtype!r} does not exist; use auto, float32, bfloat16 or float16.")
 
     def generate_kwargs(self) -> dict:
         if self.temperature == 0:
@@ -93,6 +100,8 @@ def run_eval(
     chosen = parse_modes(modes)
     names = expand_tasks(tasks)
     settings = EvalSettings(model=model_path, **settings)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} asks nothing; use 1 or more.")
     keep_settings(out, settings)
     model, tokenizer = load_model(model_path, device_map, settings.dtype)
     rows = []

@@ -48,12 +48,18 @@ def _read_problem(path: str | Path, number: int, line: str) -> tuple[list[dict],
         prompt, answer = problem.get("question", problem.get("prompt")), problem["answer"]
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}:{number} is not a JSON object with question and answer ({error!r}).") from error
-    if not prompt or isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        raise ValueError(
-            f"{path}:{number} needs a question (or prompt) and a text or number as answer, got {line[:200]!r}."
-        )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    is_asked = prompt and isinstance(messages, list) and all(map(_is_message, messages))
+    if not is_asked or isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        raise ValueError(
+            f"{path}:{number} needs a question (or prompt), a text or messages, and a text or number as answer, "
+            f"got {line[:200]!r}."
+        )
     return messages, str(answer).rpartition("####")[2].strip()
+
+
+def _is_message(said: object) -> bool:
+    return isinstance(said, dict) and all(isinstance(said.get(name), str) for name in ("role", "content"))
 
 
 def same_answer(said: str, right: str) -> bool:
@@ -72,7 +78,8 @@ def last_number(text: str) -> Decimal | None:
 
 def _number(text: str) -> Decimal | None:
     stripped = text.strip().lstrip("$").rstrip(".%")
-    return Decimal(stripped.replace(",", "")) if stripped and NUMBER.fullmatch(stripped) else None
+    # NUMBER matches a lone sign, too.
+    return last_number(stripped) if NUMBER.fullmatch(stripped) else None
 
 
 def _plain(text: str) -> str:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AXK1Config
 
 from conversion import merge_checkpoints
-from conversion.merging import BLOCK_ELEMENTS
+from conversion.merging import BLOCK_ELEMENTS, check_same_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -371,6 +371,17 @@ def test_tokenizers_must_agree_in_what_a_token_means(tmp_path):
     # A trainer leaves its padding behind in the file: that is no other tokenizer.
     (b / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"x": 0, "y": 1}}, "padding": {"length": 9}}))
     merge_checkpoints(a, b, tmp_path / "out", progress=False)
+
+
+def test_added_tokens_of_slow_tokenizers_must_agree(tmp_path):
+    for name, place in (("a", 5), ("b", 6)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "added_tokens.json").write_text(json.dumps({"<think>": place}))
+    with pytest.raises(ValueError, match="differ in added_tokens.json"):
+        check_same_tokenizer(tmp_path / "a", tmp_path / "b")
+    # Where a library writes them elsewhere as well, the file may be missing.
+    (tmp_path / "b" / "added_tokens.json").unlink()
+    check_same_tokenizer(tmp_path / "a", tmp_path / "b")
 
 
 def test_configs_that_differ_are_said(tmp_path):

@@ -1,6 +1,7 @@
 """Does the RL recipe run end to end, compare what it says it compares, and keep its stages?"""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,10 @@ def test_the_report_and_the_screen_show_both_tables(ran, tmp_path, capsys):
     _, results = ran
     recipe.publish(tmp_path, TINY, [17], [results])
     page, screen = (tmp_path / "report.html").read_text(), capsys.readouterr().out
+    for row in recipe.result_table([results]):
+        # Each share that is claimed of a model has its interval.
+        for name in ("accuracy", "format error", "accuracy at t=1", "format error at t=1"):
+            assert re.fullmatch(r"\d+\.\d% \(\d+\.\d% to \d+\.\d%\)", row[name]), (name, row[name])
     for row in recipe.result_table([results]) + recipe.cost_table([results]):
         assert all(value in page and value in screen for value in row.values())
     assert page.count("<svg") == len(recipe.CURVES) + 1 and "http" not in page

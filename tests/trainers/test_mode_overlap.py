@@ -82,6 +82,18 @@ def test_completion_of_two_messages_raises():
         build_mode_overlap([{"prompt": ask("q"), "completion": say("a</think>b") + say("c")}])
 
 
+@pytest.mark.parametrize("row", [{"prompt": None}, {"prompt": []}, {"prompt": [{"content": "q"}]}, {"prompt": ["q"]}])
+def test_a_prompt_that_is_none_is_an_error(row):
+    with pytest.raises(ValueError, match="A prompt must be"):
+        build_mode_overlap([{"completion": say("a</think>b")} | row])
+
+
+@pytest.mark.parametrize("completion", [None, [], ["a"], say(None), [{"role": "assistant"}]], ids=repr)
+def test_a_completion_that_is_none_is_an_error(completion):
+    with pytest.raises(ValueError, match="A completion must be"):
+        build_mode_overlap([{"prompt": ask("q"), "completion": completion}])
+
+
 def pair(question="q", thinking="thought</think>answer", direct="answer"):
     return [
         {"prompt": ask(question), "completion": say(thinking), "chat_template_kwargs": {"enable_thinking": True}},
@@ -168,8 +180,9 @@ def test_gsm8k_lines_become_pairs():
     assert thinking["prompt"] == direct["prompt"] == ask("Clips?")
     assert thinking["completion"] == say("48/2 = 24 in May.\n48+24 = 72 in all.</think>72")
     assert direct["completion"] == say("72")
-    with pytest.raises(ValueError, match="ends in '#### '"):
-        gsm8k_row({"question": "q", "answer": "72"})
+    for line in ({"question": "q", "answer": "72"}, {"question": "q", "answer": None}, {"question": 1, "answer": "#### 1"}):
+        with pytest.raises(ValueError, match="ends in '#### '"):
+            gsm8k_row(line)
 
 
 HISTORY = [*ask("1+1"), *say("2", reasoning_content="one and one"), *ask("and 1 more")]
@@ -224,6 +237,22 @@ def test_other_files_are_refused(tmp_path):
         load_mode_overlap(tmp_path / "mod.jsonl")
     (tmp_path / "mod.jsonl").write_text('{"question": "q", "reply": "a"}\n')
     with pytest.raises(ValueError, match=r"columns \['question', 'reply'\]"):
+        load_mode_overlap(tmp_path / "mod.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "mod.jsonl holds no row"),
+        ('{"prompt": "q<think>"}\n{nope', "mod.jsonl cannot be read as a table.*JSON"),
+        ("\n".join(map(json.dumps, [*pair(), pair()[0] | {"prompt": "q"}])), "not of the Mode-Overlap schema"),
+        (json.dumps(pair()[0] | {"completion": say("b", tools=1)}), "not of the Mode-Overlap schema"),
+    ],
+    ids=["empty", "malformed", "text and messages", "further keys"],
+)
+def test_a_file_that_is_no_table_is_an_error(tmp_path, text, complaint):
+    (tmp_path / "mod.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=complaint):
         load_mode_overlap(tmp_path / "mod.jsonl")
 
 

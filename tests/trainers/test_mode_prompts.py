@@ -69,6 +69,8 @@ def test_long_prompts_are_left_out_in_both_modes_and_counted(tokenizer, caplog):
         ([{"question": "2"}], "no column prompt, only question"),
         ([{"prompt": "2", "chat_template_kwargs": {"enable_thinking": True}}], "give each instruction once"),
         ([{"prompt": "2", "thinking": True}], "column thinking"),
+        ([{"prompt": "2"}, {"prompt": None}], "A prompt must be a text or a list of messages"),
+        ([{"prompt": 2}], "A prompt must be a text or a list of messages"),
     ],
 )
 def test_rows_of_another_kind_are_refused(tokenizer, rows, complaint):

@@ -166,6 +166,7 @@ def test_gsm8k_rows_are_judged_as_they_stand(tmp_path):
         (["--prompt_column", "ask"], "no column ask, only question, answer; name it with --prompt_column"),
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl does not exist; check the path"),
         (["--dataset", "reasoning-gym:nothing", "--prompt_column", "prompt"], "reasoning-gym has no such family"),
+        (["--dataset", "reasoning-gym:chain_sum", "--dataset_size", "0"], "dataset_size=0 leaves nothing to ask"),
         (["--judge", "maths"], "judge='maths' is unknown"),
         (["--modes", "slow"], "modes='slow' is unknown"),
         (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
@@ -197,12 +198,17 @@ def test_latest_is_the_newest_whole_checkpoint(tmp_path, caplog):
     for step in (5, 10, 15):
         (tmp_path / "new" / f"checkpoint-{step}").mkdir(parents=True)
     for step in (5, 10):
-        (tmp_path / "new" / f"checkpoint-{step}" / "trainer_state.json").touch()
-    assert find_checkpoint(config) == str(tmp_path / "new" / "checkpoint-10")
-    assert "checkpoint-15 has no trainer_state.json: its saving was interrupted" in caplog.text
-    config.resume_from_checkpoint = str(tmp_path / "new" / "checkpoint-15")
-    with pytest.raises(ValueError, match="checkpoint-15 has no trainer_state.json"):
-        find_checkpoint(config)
+        (tmp_path / "new" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    for unfinished in (None, "", '{"epoch": 1.0, "log_his'):
+        if unfinished is not None:
+            (tmp_path / "new" / "checkpoint-15" / "trainer_state.json").write_text(unfinished)
+        config.resume_from_checkpoint = "latest"
+        caplog.clear()
+        assert find_checkpoint(config) == str(tmp_path / "new" / "checkpoint-10")
+        assert "checkpoint-15 has no whole trainer_state.json: its saving was interrupted" in caplog.text
+        config.resume_from_checkpoint = str(tmp_path / "new" / "checkpoint-15")
+        with pytest.raises(ValueError, match="checkpoint-15 has no whole trainer_state.json"):
+            find_checkpoint(config)
 
 
 # -- two processes ------------------------------------------------------------------------------------------------------

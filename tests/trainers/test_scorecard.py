@@ -80,6 +80,10 @@ def test_finished_tasks_are_kept_and_settings_do_not_mix(checkpoint, problems, t
         (["none.jsonl"], {}, "none.jsonl does not exist"),
         (["reasoning-gym:x"], {"modes": "fast"}, "mode 'fast' does not exist"),
         (["reasoning-gym:x"], {"limit": 0}, "limit=0 leaves nothing"),
+        (["reasoning-gym:x"], {"batch_size": 0}, "batch_size=0 asks nothing"),
+        (["reasoning-gym:x"], {"temperature": -1.0}, "temperature=-1.0 does not exist"),
+        (["reasoning-gym:x"], {"top_p": 5.0}, "top_p=5.0 is no share"),
+        (["reasoning-gym:x"], {"dtype": "half-ish"}, "dtype='half-ish' does not exist"),
     ],
 )
 def test_what_cannot_be_judged_is_said_before_anything_runs(tasks, settings, complaint, tmp_path):

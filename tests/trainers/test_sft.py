@@ -71,7 +71,7 @@ def test_the_cpu_config_trains_resumes_and_shows(files, tmp_path, capsys, caplog
     (tmp_path / "killed/model.safetensors").unlink()
     capsys.readouterr()
     resumed = sft.run_sft(settings(files, tmp_path / "killed"))
-    assert "checkpoint-4 has no trainer_state.json: its saving was interrupted; passed over." in caplog.text
+    assert "checkpoint-4 has no whole trainer_state.json: its saving was interrupted; passed over." in caplog.text
     assert resumed.state.global_step == 4
     again = weights(tmp_path / "killed")
     assert again.keys() == truth.keys() and all(torch.equal(again[name], truth[name]) for name in truth)

@@ -28,6 +28,8 @@ from trainers.tasks import draw_reasoning_gym, read_jsonl_task, same_answer
         ("1 2\n3 4", "1 2\n3 4", True),
         ("1 2\n3 5", "1 2\n3 4", False),
         ("50%", "50", True),
+        ("-", "-", True),
+        ("+", "$-", False),
     ],
 )
 def test_same_answer(said, right, verdict):
@@ -58,7 +60,11 @@ def test_gsm8k_and_other_lines(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["no json", "[1]", '{"question": "q"}', '{"question": "", "answer": "a"}', '{"question": "q", "answer": null}'],
+    [
+        "no json", "[1]", '{"question": "q"}', '{"question": "", "answer": "a"}', '{"question": "q", "answer": null}',
+        '{"question": 5, "answer": "a"}', '{"prompt": ["q"], "answer": "a"}', '{"prompt": [{"role": "user"}], "answer": "a"}',
+        '{"prompt": {"role": "user", "content": "q"}, "answer": "a"}',
+    ],  # fmt: skip
 )
 def test_a_line_that_is_no_problem_is_named(tmp_path, line):
     path = tmp_path / "problems.jsonl"
