@@ -20,7 +20,7 @@ from trainers.curriculum import read_curriculum
 from trainers.muon import MuonAdamW, matrices_of, split_parameters
 from trainers.packing import Packer
 from trainers.pretrain import PretrainConfig, PretrainTrainer
-from trainers.safeguards import SpikeDetector, damage, seal, sound_checkpoint
+from trainers.safeguards import CHECKSUMS, SpikeDetector, checkpoints_in, damage, seal, sound_checkpoint
 from trainers.token_store import Source
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 16}
@@ -225,8 +225,9 @@ def heal(trainer, weight):
         trainer.model.lm_head.weight.copy_(weight)
 
 
-def test_a_nan_skips_the_update_saves_the_batch_and_is_logged(tmp_path):
-    trainer = trainer_of(tmp_path, save_strategy="no")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_nan_skips_the_update_saves_the_batch_and_is_logged(tmp_path, parts):
+    trainer = trainer_of(tmp_path, save_strategy="no", gradient_accumulation_steps=parts)
     kept = {}
 
     def before():
@@ -241,7 +242,10 @@ def test_a_nan_skips_the_update_saves_the_batch_and_is_logged(tmp_path):
     names = [name for name in kept if "lm_head" not in name]
     assert all(torch.equal(after[0][name], kept[name]) for name in names), "weights, biases: none moved in step 4"
     assert [(e["step"], e["problem"], e["action"]) for e in trainer.events] == [(4, "a loss of nan", "skipped")]
-    batch = load_file(tmp_path / "bad_batches/step-4-rank-0-0.safetensors")
+    names = [f"step-4-rank-0-{part}.safetensors" for part in range(parts)]
+    assert sorted(path.name for path in (tmp_path / "bad_batches").iterdir()) == names
+    saved = [load_file(tmp_path / "bad_batches" / name) for name in names]
+    batch = {name: torch.cat([part[name] for part in saved]) for name in saved[0]}
     packer = Packer(trainer.curriculum, {"web": text(60, 0), "code": text(40, 1)}, trainer.args.seed)
     fourth = [packer.batch(step) for step in trainer.steps[:4]][-1]
     assert batch.keys() == fourth.keys() and all(torch.equal(batch[name], fourth[name]) for name in fourth)
@@ -325,6 +329,34 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
     with pytest.raises(ValueError, match="checkpoint-7 is no folder; go on from another checkpoint"):
         sound_checkpoint(tmp_path, str(tmp_path / "checkpoint-7"))
     assert sound_checkpoint(tmp_path, None) is None and sound_checkpoint(tmp_path / "none", "latest") is None
+
+
+def test_checksums_are_written_when_what_they_vouch_for_is_on_the_disk(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    for name in ("a.bin", "inner/b.bin"):
+        (tmp_path / name).write_bytes(name.encode())
+    flushed, begun = [], []
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.append(os.fstat(file).st_ino), begun.append(marker.exists())))
+    marker = tmp_path / CHECKSUMS
+    seal(tmp_path)
+    order = [tmp_path / "a.bin", tmp_path / "inner/b.bin", marker]
+    assert flushed == [path.stat().st_ino for path in order] and begun == [False, False, True]
+
+
+def test_a_checkpoint_is_named_when_it_is_sealed_and_only_then_does_the_one_before_go(tmp_path, monkeypatch):
+    replace, standing = os.replace, {}
+
+    def named(whole, place):
+        if (place := Path(place)).name.startswith("checkpoint-"):
+            files = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
+            assert damage(whole) == "" and json.loads((whole / CHECKSUMS).read_text()).keys() == files - {CHECKSUMS}
+            standing[place.name] = [path.name for path in checkpoints_in(tmp_path)]
+        replace(whole, place)
+
+    monkeypatch.setattr(os, "replace", named)
+    trainer_of(tmp_path, {"stages": [STAGES["stages"][0] | {"tokens": 256}]}, save_steps=2, save_total_limit=1).train()
+    assert standing == {"checkpoint-2": [], "checkpoint-4": ["checkpoint-2"]}
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4"]
 
 
 def test_another_plan_does_not_go_on_from_this_checkpoint(straight):
