@@ -232,13 +232,6 @@ class PretrainTrainer(Trainer):
         with self._stop:
             return super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
 
-    def _run_epoch(self, *args, **kwargs):
-        # Resumed where it had ended, transformers 5.23 would train one step more.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._micro.append((loss, inputs))
@@ -325,8 +318,6 @@ class PretrainTrainer(Trainer):
         self._load_from_checkpoint(str(saved))
         self._load_optimizer_and_scheduler(str(saved))
         self.lr_scheduler.load_state_dict(going_on)
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
-            group["lr"] = rate
         return f"rolled back to {saved.name}"
 
     # -- checkpoints ----------------------------------------------------------------------------------------------

@@ -143,6 +143,14 @@ def test_killed_by_sigterm_and_resumed_it_is_the_same_run(straight, tmp_path, op
     again = trainer_of(tmp_path, optimizer=optimizer)
     again.train("latest")
     assert again.state.global_step == STEPS and same(weights(again), weights(truth))
+    assert losses(again) == losses(truth) and again.packer.state() == truth.packer.state()
+
+
+def test_a_request_to_stop_that_comes_with_the_last_step_stops_nothing(tmp_path):
+    trainer = trainer_of(tmp_path, {"stages": [STAGES["stages"][0] | {"tokens": 128}]})
+    trainer.add_callback(At(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    trainer.train()
+    assert trainer.state.global_step == 2 and not trainer.stopped
 
 
 def test_accumulation_gives_the_same_numbers(straight, tmp_path):
@@ -263,7 +271,8 @@ def test_endless_nan_stops_the_run(tmp_path):
 
 @pytest.mark.parametrize("action", ["skip", "rollback", "ignore"])
 def test_a_spike_is_skipped_rolled_back_or_ignored(tmp_path, action):
-    trainer = trainer_of(tmp_path, on_spike=action, save_steps=3)
+    # Warming up all along: each step has a learning rate of its own.
+    trainer = trainer_of(tmp_path, STAGES | {"warmup_tokens": 512}, on_spike=action, save_steps=3)
     trainer.spikes.losses.extend([4.5] * 20)
     begun, seen = {}, {}
     trainer.add_callback(At(4, lambda: begun.update(everything(trainer))))
@@ -276,9 +285,12 @@ def test_a_spike_is_skipped_rolled_back_or_ignored(tmp_path, action):
     trainer.add_callback(At(6, spike))
     after = {}
     trainer.add_callback(At(7, lambda: after.update(everything(trainer))))
+    used = []
+    trainer.add_callback(At(7, lambda: used.extend(group["lr"] for group in trainer.optimizer.param_groups)))
     trainer.train()
-    rates = [log["learning_rate"] / 3e-3 for log in trainer.state.log_history if "loss" in log]
-    assert rates[5] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.125)
+    planned = [3e-3 * step.learning for step in trainer.steps]
+    assert [log["learning_rate"] for log in trainer.state.log_history if "loss" in log] == pytest.approx(planned)
+    assert planned[6] > planned[3] and used == pytest.approx([planned[6]] * len(used))
     if action == "ignore":
         assert not trainer.events and not same(after, seen)
         return
