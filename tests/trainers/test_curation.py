@@ -292,6 +292,23 @@ def test_a_folder_belongs_to_one_state_of_its_files(tmp_path, monkeypatch, chang
         _claim(recipe, Path("out"))
 
 
+def test_killed_while_it_claims_its_folder_it_goes_on_too(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("some text")
+    recipe = Recipe(str(tmp_path / "out"), [{"name": "a", "path": str(tmp_path / "text.txt")}])
+    write = Path.write_text
+
+    def half(path, text):
+        write(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(KeyboardInterrupt):
+            _claim(recipe, tmp_path / "out")
+    _claim(recipe, tmp_path / "out")
+    _claim(recipe, tmp_path / "out")
+
+
 def test_from_the_command_line(planted, tmp_path, capsys):
     folder, _, _ = planted
     sources = [{"name": "code", "path": f"{folder}/code"}]
