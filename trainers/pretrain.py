@@ -41,7 +41,7 @@ CHOICES = {
     "recompute": ("none", "selective", "full"),
     "on_spike": ("skip", "rollback", "ignore"),
 }
-# Of our own settings, what a number may be.
+# What a number may be, of our own settings and one that the plan divides by.
 RANGES = {
     "learning_rate": tables.number(0),
     "weight_decay": tables.number(0),
@@ -52,6 +52,7 @@ RANGES = {
     "spike_window": tables.whole(FEWEST_LOSSES),
     "spike_sigmas": tables.number(0),
     "most_bad_steps": tables.whole(1),
+    "gradient_accumulation_steps": tables.whole(1),
 }
 # Settings that an optimizer's saved state brings along: a run that goes on with others would not get them.
 OF_THE_STATE = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "muon_momentum")

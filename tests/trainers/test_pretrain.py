@@ -421,7 +421,8 @@ def test_what_went_wrong_is_remembered_by_a_run_that_goes_on(tmp_path):
 def test_settings_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="optimizer='sgd' does not exist; use one of adamw, muon"):
         PretrainConfig(output_dir=str(tmp_path), use_cpu=True, optimizer="sgd")
-    for name, value in (("weight_decay", -1.0), ("balance_until", 2.0), ("spike_window", 0), ("most_bad_steps", 0)):
+    too_small = {"weight_decay": -1.0, "spike_window": 0, "most_bad_steps": 0, "gradient_accumulation_steps": 0}
+    for name, value in (too_small | {"balance_until": 2.0}).items():
         with pytest.raises(ValueError, match=f"{name} of the settings is {value}; give a .*number from"):
             PretrainConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
     with pytest.raises(ValueError, match="optim=adafactor is no AdamW"):
