@@ -233,6 +233,13 @@ class PretrainTrainer(Trainer):
         with self._stop:
             return super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
 
+    def _run_epoch(self, *args, **kwargs):
+        # Resumed where it had ended there is nothing left to read, which Trainer would warn of.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._micro.append((loss, inputs))

@@ -1,6 +1,7 @@
 """Is a pre-training run its plan: resumed bit for bit, alike on two ranks, safe from spikes, NaN and SIGTERM?"""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -123,7 +124,7 @@ def test_a_run_is_its_plan(straight):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_killed_by_sigterm_and_resumed_it_is_the_same_run(straight, tmp_path, optimizer):
+def test_killed_by_sigterm_and_resumed_it_is_the_same_run(straight, tmp_path, optimizer, caplog, monkeypatch):
     truth, _ = straight
     if optimizer == "muon":
         adamw, truth = truth, trainer_of(tmp_path / "truth", optimizer=optimizer, save_strategy="no")
@@ -141,7 +142,9 @@ def test_killed_by_sigterm_and_resumed_it_is_the_same_run(straight, tmp_path, op
     assert resumed.stage_loads == truth.stage_loads and resumed.packer.state() == truth.packer.state()
     # Finished: once more changes nothing.
     again = trainer_of(tmp_path, optimizer=optimizer)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     again.train("latest")
+    assert "single sample" not in caplog.text, "Trainer takes it for a run without data"
     assert again.state.global_step == STEPS and same(weights(again), weights(truth))
     assert losses(again) == losses(truth) and again.packer.state() == truth.packer.state()
 
