@@ -12,7 +12,8 @@ TOKENIZER = """examples:
 
 A byte-level BPE that gives back any text exactly: digits one by one, runs of blanks kept, the chat template of both modes.
 A source is a file, folder or pattern of .jsonl, .parquet, .warc (also compressed) or plain text, its share that of the sample.
-Memory grows with the sample, not with the files. What cannot be read is counted in OUT/report.json."""
+Memory grows with the different pieces of text, up to some 2 GB, not with the files. What cannot be read is counted in
+OUT/report.json."""
 CURATE = """examples:
   axk1 curate train-classifier runs/domain --data labelled.jsonl --label-key domain
   axk1 curate train-classifier runs/difficulty --data labelled.jsonl --label-key level --order easy,medium,hard

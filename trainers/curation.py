@@ -401,7 +401,9 @@ def _claim(recipe: Recipe, out: Path) -> None:
         raise ValueError(f"{out} was begun with another recipe or other files; remove it or name another `out`.")
     if not claimed.exists():
         out.mkdir(parents=True, exist_ok=True)
-        claimed.write_text(text)
+        # Renamed when whole: half a claim, left by a kill, would refuse the same recipe ever after.
+        (out / ".recipe.json").write_text(text)
+        (out / ".recipe.json").rename(claimed)
 
 
 class Report(PipelineStep):

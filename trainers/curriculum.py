@@ -20,6 +20,8 @@ PHASES = ("stable", "decay", "floor")
 ORDERS = ("shuffled", "easy_to_hard", "hard_to_easy", "as_is")
 # A mixture given in percent with two decimals, or as shares, sums to 1 within this.
 MIXTURE_TOLERANCE = 1e-6
+# Each step is held from the beginning; the paper's run has 572,181 of them.
+MOST_STEPS = 10_000_000
 # What a table may hold. Whether a value makes sense beside the others, `check` says.
 COUNT = tables.whole(0)
 STAGE_COUNTS = ("tokens", "batch_tokens", "batch_tokens_start", "batch_ramp_tokens")
@@ -333,8 +335,15 @@ def level_tokens(stage: Stage, row_multiple: int = 1) -> list[int]:
 def plan_steps(curriculum: Curriculum, row_multiple: int = 1) -> Iterator[Step]:
     """Every optimizer step of the run. `row_multiple`: ranks x accumulation, which must share a step's rows evenly.
 
-    ValueError for a level that comes to no step at all, and for batches with fewer rows than `row_multiple`.
+    ValueError for a level that comes to no step at all, more than `MOST_STEPS` in a stage, and batches with fewer rows than
+    `row_multiple`.
     """
+    for stage in curriculum.stages:
+        if (steps := stage.tokens / stage.batch_tokens) > MOST_STEPS:
+            raise ValueError(
+                f"Stage {stage.name!r} has {stage.tokens:,} tokens in batches of {stage.batch_tokens:,}, {steps:.0e} steps; "
+                f"give it at most {MOST_STEPS:,}, by larger batches or fewer tokens."
+            )
     before = 0
     for number, stage in enumerate(curriculum.stages):
         begun = before

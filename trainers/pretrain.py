@@ -41,7 +41,7 @@ CHOICES = {
     "recompute": ("none", "selective", "full"),
     "on_spike": ("skip", "rollback", "ignore"),
 }
-# Of our own settings, what a number may be.
+# What a number may be, of our own settings and one that the plan divides by.
 RANGES = {
     "learning_rate": tables.number(0),
     "weight_decay": tables.number(0),
@@ -52,6 +52,7 @@ RANGES = {
     "spike_window": tables.whole(FEWEST_LOSSES),
     "spike_sigmas": tables.number(0),
     "most_bad_steps": tables.whole(1),
+    "gradient_accumulation_steps": tables.whole(1),
 }
 # Settings that an optimizer's saved state brings along: a run that goes on with others would not get them.
 OF_THE_STATE = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "muon_momentum")
@@ -233,7 +234,7 @@ class PretrainTrainer(Trainer):
             return super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
-        # Resumed where it had ended, transformers 5.23 would train one step more.
+        # Resumed where it had ended there is nothing left to read, which Trainer would warn of.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -325,8 +326,6 @@ class PretrainTrainer(Trainer):
         self._load_from_checkpoint(str(saved))
         self._load_optimizer_and_scheduler(str(saved))
         self.lr_scheduler.load_state_dict(going_on)
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
-            group["lr"] = rate
         return f"rolled back to {saved.name}"
 
     # -- checkpoints ----------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def parse_sources(described: Sequence[str]) -> list[Source]:
     return sources
 
 
-def sample_texts(sources: Sequence[Source], sample_bytes: int, *, text_key: str = "text") -> Iterator[str]:
+def sample_texts(sources: Sequence[Source], sample_bytes: float, *, text_key: str = "text") -> Iterator[str]:
     """Documents of every source, spread evenly over its files, up to its share of `sample_bytes`.
 
     The sample shrinks to what the scarcest source can fill, so that the shares hold; all is read twice, since only reading
@@ -100,8 +100,14 @@ def run_train(
     """Train on the sources' mixture and write the tokenizer and its `report.json` to the folder `out`, whole or not at all."""
     if out.exists():
         raise ValueError(f"{out} exists already; name another folder or remove it.")
+    if not sample_gb > 0:
+        raise ValueError(
+            f"sample_gb={sample_gb:g} is no amount of text; give a positive number, or inf for all there is."
+        )
+    if reserved < 0:
+        raise ValueError(f"reserved={reserved} is no number of spare tokens; give 0 or more.")
     sources = parse_sources(source)
-    texts = sample_texts(sources, int(sample_gb * 1e9), text_key=text_key)
+    texts = sample_texts(sources, sample_gb * 1e9, text_key=text_key)
     shown = tqdm(texts, desc="reading", unit=" documents", unit_scale=True)
     tokenizer = train_tokenizer(shown, vocab_size, reserved=reserved, multiple_of=128, show_progress=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +157,8 @@ def compare(tokenizers: Sequence[str | Path], texts: Sequence[str], limit: int, 
 
     A tokenizer is any folder that `AutoTokenizer` loads; code that comes with it is not run.
     """
+    if limit < 1:
+        raise ValueError(f"limit={limit} leaves no document to compare by; give 1 or more.")
     rows = []
     for described in texts:
         name, _, path = described.partition("=")

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import sys
 import unicodedata
 from pathlib import Path
@@ -20,7 +22,7 @@ from datatrove.pipeline.dedup import MinhashDedupFilter
 
 import axk1
 from trainers.curation import Recipe, _claim, collect, curate, executors_of, stages_of
-from trainers.curation_steps import Decontaminated, Heuristics, Language, Words, repeats
+from trainers.curation_steps import Decontaminated, Heuristics, Language, Mixture, Words, repeats
 from trainers.text_classifier import train_classifier
 
 NOUNS = "river engine garden teacher bridge planet harbor violin market glacier lantern orchard desert museum".split()
@@ -187,23 +189,33 @@ def test_report_shows_reasons_mixture_and_samples(curated):
     assert collect(curated, {"web": 0.8, "code": 0.2}) == facts
 
 
-def test_killed_and_run_again_gives_the_same_files(curated, planted, tmp_path, monkeypatch):
-    recipe = recipe_of(planted[0], tmp_path / "out")
-    run = MinhashDedupFilter.run
+def curate_until(recipe: Recipe, step: type, documents: int) -> None:
+    """Killed, as by a machine that runs out of memory, when the step's second task has passed so many documents on."""
+    run = step.run
 
-    def kill(self, data, rank=0, world_size=1):
+    def until(self, data, rank=0, world_size=1):
         for number, document in enumerate(run(self, data, rank, world_size)):
-            if rank == 1 and number == 20:
-                raise KeyboardInterrupt
+            if rank == 1 and number == documents:
+                os.kill(os.getpid(), signal.SIGKILL)
             yield document
 
-    with monkeypatch.context() as patch:
-        patch.setattr(MinhashDedupFilter, "run", kill)
-        with pytest.raises(KeyboardInterrupt):
-            curate(recipe)
-    assert not (tmp_path / "out" / "documents").exists()
-    first = (tmp_path / "out" / "work" / "filtered" / "00000.jsonl").stat().st_mtime_ns
-    out = curate(recipe)
+    step.run = until
+    curate(recipe)
+
+
+def test_killed_and_run_again_gives_the_same_files(curated, planted, tmp_path):
+    out, first = tmp_path / "out", None
+    recipe = recipe_of(planted[0], out)
+    for step in (MinhashDedupFilter, Mixture):
+        child = multiprocessing.get_context("spawn").Process(target=curate_until, args=(recipe, step, 20))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL and not (out / "report.json").exists()
+        assert (out / "documents").exists() == (step is Mixture)
+        finished = (out / "work" / "filtered" / "00000.jsonl").stat().st_mtime_ns
+        assert first in (None, finished), "a finished task ran again"
+        first = finished
+    assert curate(recipe) == out
     assert (out / "work" / "filtered" / "00000.jsonl").stat().st_mtime_ns == first, "a finished task ran again"
     same_files(out, curated)
 
@@ -290,6 +302,23 @@ def test_a_folder_belongs_to_one_state_of_its_files(tmp_path, monkeypatch, chang
     os.utime(changed, (0, 0))
     with pytest.raises(ValueError, match="another recipe or other files"):
         _claim(recipe, Path("out"))
+
+
+def test_killed_while_it_claims_its_folder_it_goes_on_too(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("some text")
+    recipe = Recipe(str(tmp_path / "out"), [{"name": "a", "path": str(tmp_path / "text.txt")}])
+    write = Path.write_text
+
+    def half(path, text):
+        write(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(KeyboardInterrupt):
+            _claim(recipe, tmp_path / "out")
+    _claim(recipe, tmp_path / "out")
+    _claim(recipe, tmp_path / "out")
 
 
 def test_from_the_command_line(planted, tmp_path, capsys):

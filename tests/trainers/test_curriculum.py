@@ -83,6 +83,12 @@ def test_ranks_never_enlarge_a_batch():
         list(plan_steps(c, row_multiple=4))
 
 
+def test_more_steps_than_can_be_laid_out_are_refused_at_once():
+    c = read_curriculum(table(stage(tokens=1e30)))
+    with pytest.raises(ValueError, match=r"'one' has 1,000,.* tokens in batches of .* steps; give it at most 10,000,000"):
+        next(plan_steps(c))
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

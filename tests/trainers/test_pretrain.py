@@ -1,6 +1,7 @@
 """Is a pre-training run its plan: resumed bit for bit, alike on two ranks, safe from spikes, NaN and SIGTERM?"""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from trainers.curriculum import read_curriculum
 from trainers.muon import MuonAdamW, matrices_of, split_parameters
 from trainers.packing import Packer
 from trainers.pretrain import PretrainConfig, PretrainTrainer
-from trainers.safeguards import SpikeDetector, damage, seal, sound_checkpoint
+from trainers.safeguards import CHECKSUMS, SpikeDetector, checkpoints_in, damage, seal, sound_checkpoint
 from trainers.token_store import Source
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 16}
@@ -123,7 +124,7 @@ def test_a_run_is_its_plan(straight):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_killed_by_sigterm_and_resumed_it_is_the_same_run(straight, tmp_path, optimizer):
+def test_killed_by_sigterm_and_resumed_it_is_the_same_run(straight, tmp_path, optimizer, caplog, monkeypatch):
     truth, _ = straight
     if optimizer == "muon":
         adamw, truth = truth, trainer_of(tmp_path / "truth", optimizer=optimizer, save_strategy="no")
@@ -141,8 +142,18 @@ def test_killed_by_sigterm_and_resumed_it_is_the_same_run(straight, tmp_path, op
     assert resumed.stage_loads == truth.stage_loads and resumed.packer.state() == truth.packer.state()
     # Finished: once more changes nothing.
     again = trainer_of(tmp_path, optimizer=optimizer)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     again.train("latest")
+    assert "single sample" not in caplog.text, "Trainer takes it for a run without data"
     assert again.state.global_step == STEPS and same(weights(again), weights(truth))
+    assert losses(again) == losses(truth) and again.packer.state() == truth.packer.state()
+
+
+def test_a_request_to_stop_that_comes_with_the_last_step_stops_nothing(tmp_path):
+    trainer = trainer_of(tmp_path, {"stages": [STAGES["stages"][0] | {"tokens": 128}]})
+    trainer.add_callback(At(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    trainer.train()
+    assert trainer.state.global_step == 2 and not trainer.stopped
 
 
 def test_accumulation_gives_the_same_numbers(straight, tmp_path):
@@ -225,8 +236,9 @@ def heal(trainer, weight):
         trainer.model.lm_head.weight.copy_(weight)
 
 
-def test_a_nan_skips_the_update_saves_the_batch_and_is_logged(tmp_path):
-    trainer = trainer_of(tmp_path, save_strategy="no")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_nan_skips_the_update_saves_the_batch_and_is_logged(tmp_path, parts):
+    trainer = trainer_of(tmp_path, save_strategy="no", gradient_accumulation_steps=parts)
     kept = {}
 
     def before():
@@ -241,7 +253,10 @@ def test_a_nan_skips_the_update_saves_the_batch_and_is_logged(tmp_path):
     names = [name for name in kept if "lm_head" not in name]
     assert all(torch.equal(after[0][name], kept[name]) for name in names), "weights, biases: none moved in step 4"
     assert [(e["step"], e["problem"], e["action"]) for e in trainer.events] == [(4, "a loss of nan", "skipped")]
-    batch = load_file(tmp_path / "bad_batches/step-4-rank-0-0.safetensors")
+    names = [f"step-4-rank-0-{part}.safetensors" for part in range(parts)]
+    assert sorted(path.name for path in (tmp_path / "bad_batches").iterdir()) == names
+    saved = [load_file(tmp_path / "bad_batches" / name) for name in names]
+    batch = {name: torch.cat([part[name] for part in saved]) for name in saved[0]}
     packer = Packer(trainer.curriculum, {"web": text(60, 0), "code": text(40, 1)}, trainer.args.seed)
     fourth = [packer.batch(step) for step in trainer.steps[:4]][-1]
     assert batch.keys() == fourth.keys() and all(torch.equal(batch[name], fourth[name]) for name in fourth)
@@ -259,7 +274,8 @@ def test_endless_nan_stops_the_run(tmp_path):
 
 @pytest.mark.parametrize("action", ["skip", "rollback", "ignore"])
 def test_a_spike_is_skipped_rolled_back_or_ignored(tmp_path, action):
-    trainer = trainer_of(tmp_path, on_spike=action, save_steps=3)
+    # Warming up all along: each step has a learning rate of its own.
+    trainer = trainer_of(tmp_path, STAGES | {"warmup_tokens": 512}, on_spike=action, save_steps=3)
     trainer.spikes.losses.extend([4.5] * 20)
     begun, seen = {}, {}
     trainer.add_callback(At(4, lambda: begun.update(everything(trainer))))
@@ -272,9 +288,12 @@ def test_a_spike_is_skipped_rolled_back_or_ignored(tmp_path, action):
     trainer.add_callback(At(6, spike))
     after = {}
     trainer.add_callback(At(7, lambda: after.update(everything(trainer))))
+    used = []
+    trainer.add_callback(At(7, lambda: used.extend(group["lr"] for group in trainer.optimizer.param_groups)))
     trainer.train()
-    rates = [log["learning_rate"] / 3e-3 for log in trainer.state.log_history if "loss" in log]
-    assert rates[5] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.125)
+    planned = [3e-3 * step.learning for step in trainer.steps]
+    assert [log["learning_rate"] for log in trainer.state.log_history if "loss" in log] == pytest.approx(planned)
+    assert planned[6] > planned[3] and used == pytest.approx([planned[6]] * len(used))
     if action == "ignore":
         assert not trainer.events and not same(after, seen)
         return
@@ -327,6 +346,34 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
     assert sound_checkpoint(tmp_path, None) is None and sound_checkpoint(tmp_path / "none", "latest") is None
 
 
+def test_checksums_are_written_when_what_they_vouch_for_is_on_the_disk(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    for name in ("a.bin", "inner/b.bin"):
+        (tmp_path / name).write_bytes(name.encode())
+    flushed, begun = [], []
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.append(os.fstat(file).st_ino), begun.append(marker.exists())))
+    marker = tmp_path / CHECKSUMS
+    seal(tmp_path)
+    order = [tmp_path / "a.bin", tmp_path / "inner/b.bin", marker]
+    assert flushed == [path.stat().st_ino for path in order] and begun == [False, False, True]
+
+
+def test_a_checkpoint_is_named_when_it_is_sealed_and_only_then_does_the_one_before_go(tmp_path, monkeypatch):
+    replace, standing = os.replace, {}
+
+    def named(whole, place):
+        if (place := Path(place)).name.startswith("checkpoint-"):
+            files = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
+            assert damage(whole) == "" and json.loads((whole / CHECKSUMS).read_text()).keys() == files - {CHECKSUMS}
+            standing[place.name] = [path.name for path in checkpoints_in(tmp_path)]
+        replace(whole, place)
+
+    monkeypatch.setattr(os, "replace", named)
+    trainer_of(tmp_path, {"stages": [STAGES["stages"][0] | {"tokens": 256}]}, save_steps=2, save_total_limit=1).train()
+    assert standing == {"checkpoint-2": [], "checkpoint-4": ["checkpoint-2"]}
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4"]
+
+
 def test_another_plan_does_not_go_on_from_this_checkpoint(straight):
     _, out = straight
     table = json.loads(json.dumps(STAGES))
@@ -377,7 +424,8 @@ def test_what_went_wrong_is_remembered_by_a_run_that_goes_on(tmp_path):
 def test_settings_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="optimizer='sgd' does not exist; use one of adamw, muon"):
         PretrainConfig(output_dir=str(tmp_path), use_cpu=True, optimizer="sgd")
-    for name, value in (("weight_decay", -1.0), ("balance_until", 2.0), ("spike_window", 0), ("most_bad_steps", 0)):
+    too_small = {"weight_decay": -1.0, "spike_window": 0, "most_bad_steps": 0, "gradient_accumulation_steps": 0}
+    for name, value in (too_small | {"balance_until": 2.0}).items():
         with pytest.raises(ValueError, match=f"{name} of the settings is {value}; give a .*number from"):
             PretrainConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
     with pytest.raises(ValueError, match="optim=adafactor is no AdamW"):

@@ -1,16 +1,27 @@
 """Is the tokenizer lossless and reproducible, and does the chat template say what each mode needs?"""
 
+import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 
 import pytest
+import regex
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 from trl.chat_template_utils import is_chat_template_prefix_preserving, is_chat_template_stop_token_trained
 
-from trainers.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, TRAINING_CHAT_TEMPLATE, count_pieces, train_tokenizer
+from trainers.tokenizer import (
+    ASCII_PATTERN,
+    CHAT_TEMPLATE,
+    PRE_TOKEN_PATTERN,
+    SPECIAL_TOKENS,
+    TRAINING_CHAT_TEMPLATE,
+    count_pieces,
+    train_tokenizer,
+)
 
 TEXTS = [
     "The answer to 12 + 3 is 15.\n",
@@ -66,6 +77,15 @@ def test_digits_stand_alone_and_tags_are_one_token(tokenizer):
 def test_text_is_split_once_by_our_pattern(tokenizer):
     split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("f(x) isn't 42\n\n !!")
     assert [piece for piece, _ in split] == ["f", "(x", ")", "Ġisn", "'t", "Ġ", "4", "2", "ĊĊ", "Ġ!!"]
+
+
+def test_text_of_ascii_is_split_alike_by_the_faster_pattern():
+    split, faster = regex.compile(PRE_TOKEN_PATTERN).findall, re.compile(ASCII_PATTERN, re.ASCII).findall
+    every = map("".join, itertools.product(map(chr, range(128)), repeat=2))
+    # A letter of each kind, a contraction's, a digit, blanks that Unicode and ASCII count differently.
+    tricky = map("".join, itertools.product("aS'5 \t\n\r\x0b\x1c_.", repeat=4))
+    texts = [*every, *tricky]
+    assert [split(text) for text in texts] == [faster(text) for text in texts]
 
 
 def test_tags_survive_decoding_without_special_tokens(tokenizer):

@@ -194,6 +194,12 @@ def test_compression_counts_a_loss(trained):
             ["--source", "ko={corpus}/ko.jsonl:1", "--text-key", "body"],
             "no text under 'body' (no text: 400, broken JSON: 1",
         ),
+        (
+            ["--source", "ko={corpus}/ko.jsonl:1", "--sample-gb", "0"],
+            "sample_gb=0 is no amount of text; give a positive",
+        ),
+        (["--source", "ko={corpus}/ko.jsonl:1", "--sample-gb", "nan"], "sample_gb=nan is no amount of text"),
+        (["--source", "ko={corpus}/ko.jsonl:1", "--reserved", "-1"], "reserved=-1 is no number of spare tokens"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(corpus, tmp_path, capsys, changes, complaint):
@@ -201,3 +207,13 @@ def test_bad_input_is_refused_in_one_sentence(corpus, tmp_path, capsys, changes,
     assert axk1.main(["tokenizer", "train", str(tmp_path / "out"), *changes]) == 2
     assert complaint in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_all_there_is_may_be_asked_for_and_nothing_may_not(corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    source = ["--source", f"ko={corpus}/ko.jsonl:1"]
+    assert axk1.main(["tokenizer", "train", str(out), *source, "--sample-gb", "inf", "--vocab-size", "512"]) == 0
+    facts = json.loads((out / "report.json").read_text())["ko"]
+    assert facts["sampled bytes"] == facts["bytes"]
+    assert axk1.main(["tokenizer", "compare", str(out), "--texts", f"ko={corpus}/ko.jsonl", "--limit", "0"]) == 2
+    assert "limit=0 leaves no document to compare by; give 1 or more." in capsys.readouterr().err
