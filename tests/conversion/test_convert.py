@@ -391,6 +391,29 @@ def test_a_config_that_is_none_is_one_sentence(tmp_path, content):
         to_hf(hf, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("num_hidden_layers", 10**6, "num_hidden_layers is above 4,096"),
+        ("num_hidden_layers", 10**400, "num_hidden_layers is above 4,096"),
+        ("num_hidden_layers", -1, "num_hidden_layers=-1 is not a positive whole number"),
+        ("num_hidden_layers", "9", "num_hidden_layers='9' is not a positive whole number"),
+        ("num_nextn_predict_layers", 10**6, "num_nextn_predict_layers is above 4,096"),
+        ("moe_layer_freq", [1] * 10**5, "moe_layer_freq names more than 4,096 layers"),
+        ("mlp_layer_types", ["dense", "sparse"] * 10**4, "mlp_layer_types names more than 4,096 layers"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_config_cannot_ask_for_layers_without_end(tmp_path, field, value, complaint):
+    hf = saved_model(tmp_path / "hf")
+    said = json.loads((hf / "config.json").read_text())
+    if field != "mlp_layer_types":
+        del said["mlp_layer_types"]
+    (hf / "config.json").write_text(json.dumps({**said, field: value}))
+    with pytest.raises(ValueError, match=f"{hf}.*{complaint}"):
+        to_hf(hf, tmp_path / "out")
+
+
 def test_the_name_of_prediction_layers_is_the_readers(tmp_path):
     source = FIXTURES / "mtp_pp2" / "legacy"
     convert_to_megatron(source, tmp_path / "new", format="legacy", mtp_layer_name="mtp_model_layer", progress=False)
