@@ -433,8 +433,12 @@ class Job:
         self.journal = self.out.with_name(self.out.name + ".partial.jsonl")
         if not self.journal.exists():
             self._check_free()
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.journal.open("a+b")
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.journal.open("a+b")
+        except OSError as error:
+            reason = f"{error.strerror}; nothing can be written there, choose another place"
+            raise OSError(error.errno, reason, str(self.out)) from error
         try:
             self._lock()
             self._take_up(json.loads(json.dumps(plan)))

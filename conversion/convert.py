@@ -266,6 +266,10 @@ class Conversion:
     files: list[OutFile]
     decides: dict[str, Any]  # with the source files, all that decides the output's bytes
     companions: Callable[[Path, Mapping[str, Mapping]], None]  # writes what lies beside the files, once they are there
+    sources: list[list] = field(init=False)  # what stands for the source's content as it was planned from
+
+    def __post_init__(self):
+        self.sources = identity(self.opened.files())
 
     def plan(self, workers: int | None = None) -> Plan:
         """What would be written, the memory it takes, and the time that the source's first 64 MB promise."""
@@ -293,8 +297,8 @@ class Conversion:
         workers = checked_workers(workers)
         if check_nan:
             find_nan(self.opened, workers, progress)
-        sources = identity(self.opened.files())
-        job = Job(self.target, self.decides | {"sources": sources})
+        self._require_unchanged()
+        job = Job(self.target, self.decides | {"sources": self.sources})
         write_s, verify_s = 0.0, None
         try:
             if not job.published:
@@ -308,8 +312,7 @@ class Conversion:
                     begun = time.perf_counter()
                     self._require_same(job.folder, workers, progress)
                     verify_s = time.perf_counter() - begun
-                if identity(self.opened.files()) != sources:
-                    raise ValueError(f"{self.opened.folder} has changed while it was converted; convert it again.")
+                self._require_unchanged()
             job.publish()
         except ValueError:
             # A source that cannot be converted, or a result that is wrong: what was written can never be taken up again.
@@ -319,6 +322,11 @@ class Conversion:
             job.close()
         nbytes = sum(file.nbytes for file in self.files)
         return Converted(self.target, nbytes, len(self.files), write_s, verify_s, tuple(self.opened.added))
+
+    def _require_unchanged(self) -> None:
+        """From its opening on: places come from its headers, numbers later from those places."""
+        if identity(self.opened.files()) != self.sources:
+            raise ValueError(f"{self.opened.folder} has changed while it was converted; convert it again.")
 
     def _write_manifest(self, job: Job) -> None:
         """What was written, with the sha256 of each file as it was written, before the disk had it."""

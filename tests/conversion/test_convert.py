@@ -344,6 +344,58 @@ def test_a_source_that_changes_is_not_continued_nor_published(tmp_path, monkeypa
     assert not (tmp_path / "other").exists()
 
 
+def test_a_source_that_changes_between_plan_and_run_is_not_converted(tmp_path):
+    """Another model of the same sizes: its numbers would be taken for the planned one's, and agree with themselves."""
+    source = saved_model(tmp_path / "source")
+    conversion = to_hf(source, tmp_path / "hf")
+    saved_model(source, seed=3, routed_scaling_factor=1.25)
+    with pytest.raises(ValueError, match=f"{source} has changed while it was converted; convert it again"):
+        conversion.run(progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_source_that_is_cut_short_is_not_published(tmp_path, monkeypatch):
+    source = saved_model(tmp_path / "source")
+    real = HashedFile.__enter__
+    opened = []
+
+    def cut_and_enter(self):
+        opened.append(self.path)
+        if len(opened) == 3:
+            os.truncate(source / "model.safetensors", 200_000)
+        return real(self)
+
+    monkeypatch.setattr(HashedFile, "__enter__", cut_and_enter)
+    for workers in (1, 4):
+        saved_model(source)
+        opened.clear()
+        with pytest.raises(ValueError, match="ended inside a tensor; it has changed since it was opened"):
+            convert_to_hf(source, tmp_path / "hf", workers=workers, shard_bytes=150_000, progress=False)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("place", ["/proc/out", "/dev/null/out"])
+def test_a_place_that_takes_no_folder_is_one_sentence(place):
+    with pytest.raises(OSError, match=f"nothing can be written there, choose another place: '{place}'"):
+        convert_to_hf(SOURCE, place, progress=False)
+
+
+@pytest.mark.parametrize("name", ["link", "iter_0000010", "iter_0000010/", "relative/"])
+def test_a_source_by_whatever_path(tmp_path, monkeypatch, name):
+    """A link, a trailing slash, a relative path; an iteration itself, though the tracker beside it names another."""
+    shutil.copytree(SOURCE, tmp_path / "relative")
+    (tmp_path / "link").symlink_to(tmp_path / "relative")
+    monkeypatch.chdir(tmp_path)
+    if name.startswith("iter"):
+        monkeypatch.chdir("relative")
+        Path("latest_checkpointed_iteration.txt").write_text("20")
+        with pytest.raises(ValueError, match="names iter_0000020, which is not there"):
+            to_hf(".", tmp_path / "hf")
+    before = contents(tmp_path / "relative")
+    convert_to_hf(name, tmp_path / "hf", progress=False)
+    assert verify(SOURCE, tmp_path / "hf", progress=False) == [] and contents(tmp_path / "relative") == before
+
+
 def test_a_folder_that_somebody_else_made_is_not_the_result(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("conversion.convert.Conversion._write_manifest", lambda self, job: 1 / 0)
