@@ -270,7 +270,7 @@ MIN_BLOCK_BYTES, FILE_BLOCK_BYTES, FILE_BLOCKS = 2**16, 2**22, 3
 def file_block_bytes(tensors: Iterable) -> int:
     """The size of a file's blocks, of a checkpoint's tensors (with `nbytes`): an eighth of the largest one, within bounds.
 
-    Four files at a time then hold one and a half of it, whatever its size.
+    Four files at a time, each with the block that is read for it, then hold twice the largest tensor, whatever its size.
     """
     eighth = max((tensor.nbytes for tensor in tensors), default=0) // 8
     return max(MIN_BLOCK_BYTES, min(FILE_BLOCK_BYTES, eighth // MIN_BLOCK_BYTES * MIN_BLOCK_BYTES))
@@ -437,8 +437,12 @@ class Job:
         self.journal = self.out.with_name(self.out.name + ".partial.jsonl")
         if not self.journal.exists():
             self._check_free()
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.journal.open("a+b")
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.journal.open("a+b")
+        except OSError as error:
+            reason = f"{error.strerror}; nothing can be written there, choose another place"
+            raise OSError(error.errno, reason, str(self.out)) from error
         try:
             self._lock()
             self._take_up(json.loads(json.dumps(plan)))

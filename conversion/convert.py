@@ -42,7 +42,7 @@ from conversion.config_map import arguments_from_config, arguments_from_rope
 from conversion.megatron import TRACKER, all_post_norm_names, assemble, config_of, find_iteration, kind_of
 from conversion.megatron_dist import DistFiles, arguments_of_dist, open_dist
 from conversion.megatron_legacy import Layout, RankFiles, arguments_of_legacy, check_layout, open_legacy, stage_layers
-from conversion.ops import BLOCK_BYTES, Mosaic, blocks, cat, filled, is_transposed, same_bits, stored
+from conversion.ops import Mosaic, Rooms, blocks, cat, filled, is_transposed, same_bits, stored
 from conversion.weight_map import VOCAB, Row, add_absent, hf_to_megatron, megatron_to_hf, rows_of
 from modeling_axk1.configuration_axk1 import AxK1Config
 from modeling_axk1.generation_axk1 import set_thinking_tokens
@@ -266,15 +266,21 @@ class Conversion:
     files: list[OutFile]
     decides: dict[str, Any]  # with the source files, all that decides the output's bytes
     companions: Callable[[Path, Mapping[str, Mapping]], None]  # writes what lies beside the files, once they are there
+    sources: list[list] = field(init=False)  # what stands for the source's content as it was planned from
+
+    def __post_init__(self):
+        self.sources = identity(self.opened.files())
 
     def plan(self, workers: int | None = None) -> Plan:
         """What would be written, the memory it takes, and the time that the source's first 64 MB promise."""
         workers = checked_workers(workers)
         tensors = self.opened.tensors.values()
-        largest = max([BLOCK_BYTES, *(tensor.nbytes for tensor in tensors if is_transposed(tensor))])
         rate, nbytes = _measured_rate(self.opened), sum(file.nbytes for file in self.files)
-        ring = FILE_BLOCKS * file_block_bytes(tensors)
-        memory_bytes = workers * (2 * largest + ring) + BYTES_A_TENSOR * len(self.opened.tensors)
+        block_bytes = file_block_bytes(tensors)
+        # A transposed tensor is read whole, as it lies in the file and as it should, and compared with another.
+        whole = max((3 * tensor.nbytes for tensor in tensors if is_transposed(tensor)), default=0)
+        held = max(Rooms(block_bytes).block_bytes, whole) + FILE_BLOCKS * block_bytes
+        memory_bytes = workers * held + BYTES_A_TENSOR * len(tensors)
         return Plan([(file.name, file.nbytes) for file in self.files], memory_bytes, nbytes / rate / workers, rate)
 
     def run(
@@ -291,8 +297,8 @@ class Conversion:
         workers = checked_workers(workers)
         if check_nan:
             find_nan(self.opened, workers, progress)
-        sources = identity(self.opened.files())
-        job = Job(self.target, self.decides | {"sources": sources})
+        self._require_unchanged()
+        job = Job(self.target, self.decides | {"sources": self.sources})
         write_s, verify_s = 0.0, None
         try:
             if not job.published:
@@ -306,8 +312,7 @@ class Conversion:
                     begun = time.perf_counter()
                     self._require_same(job.folder, workers, progress)
                     verify_s = time.perf_counter() - begun
-                if identity(self.opened.files()) != sources:
-                    raise ValueError(f"{self.opened.folder} has changed while it was converted; convert it again.")
+                self._require_unchanged()
             job.publish()
         except ValueError:
             # A source that cannot be converted, or a result that is wrong: what was written can never be taken up again.
@@ -317,6 +322,11 @@ class Conversion:
             job.close()
         nbytes = sum(file.nbytes for file in self.files)
         return Converted(self.target, nbytes, len(self.files), write_s, verify_s, tuple(self.opened.added))
+
+    def _require_unchanged(self) -> None:
+        """From its opening on: places come from its headers, numbers later from those places."""
+        if identity(self.opened.files()) != self.sources:
+            raise ValueError(f"{self.opened.folder} has changed while it was converted; convert it again.")
 
     def _write_manifest(self, job: Job) -> None:
         """What was written, with the sha256 of each file as it was written, before the disk had it."""
@@ -408,7 +418,8 @@ def to_hf(
     opened = open_any(source, reading)
     shards = _hf_shards(opened, shard_bytes)
     block_bytes = file_block_bytes(opened.tensors.values())
-    files = [shard_file(shard, lambda spec: blocks(opened.tensors[spec.name]), block_bytes) for shard in shards]
+    rooms = Rooms(block_bytes)
+    files = [shard_file(shard, lambda spec: blocks(opened.tensors[spec.name], rooms), block_bytes) for shard in shards]
 
     # Now, so that a tokenizer that cannot be read is known before hours of writing.
     tokenizer_dir = reading.tokenizer or (opened.folder if opened.kind == "hf" else None)
@@ -603,10 +614,11 @@ def _field(config: AxK1Config, name: str) -> Any:
 def check_replicas(opened: Opened, workers: int, progress: bool) -> None:
     """ValueError if two ranks disagree on a tensor that both hold whole: then nobody knows which one is right."""
     copies = dict(enumerate(opened.replicas))
+    rooms = Rooms(file_block_bytes(a for _, a, _ in opened.replicas))
 
     def differ(number: int) -> str | None:
         name, a, b = copies[number]
-        if (a.dtype, a.shape) == (b.dtype, b.shape) and same_bits(a, b):
+        if (a.dtype, a.shape) == (b.dtype, b.shape) and same_bits(a, b, rooms):
             return None
         return (
             f"{a.tiles[0].path} and {b.tiles[0].path} hold different copies of {name}; the checkpoint is damaged or mixed "
@@ -624,22 +636,24 @@ def compare(a: Mapping[str, Mosaic], b: Mapping[str, Mosaic], *, workers: int = 
     only = [f"{name} (only the first has it)" for name in a if name not in b]
     only += [f"{name} (only the second has it)" for name in b if name not in a]
     both = [name for name in a if name in b]
+    rooms = Rooms(file_block_bytes(a.values()))
 
     def difference(name: str) -> str | None:
         x, y = a[name], b[name]
         if (x.dtype, x.shape) != (y.dtype, y.shape):
             return f"{name} ({x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)})"
-        return None if same_bits(x, y) else f"{name} (its numbers)"
+        return None if same_bits(x, y, rooms) else f"{name} (its numbers)"
 
     return [*only, *filter(None, _over(a, both, difference, "verify", workers, progress))]
 
 
 def find_nan(opened: Opened, workers: int, progress: bool) -> None:
     """ValueError that names every tensor with a NaN."""
+    rooms = Rooms(file_block_bytes(opened.tensors.values()))
 
     def has_nan(name: str) -> str | None:
         floats = opened.tensors[name].dtype.is_floating_point
-        return name if floats and any(block.isnan().any() for block in blocks(opened.tensors[name])) else None
+        return name if floats and any(block.isnan().any() for block in blocks(opened.tensors[name], rooms)) else None
 
     found = list(filter(None, _over(opened.tensors, opened.tensors, has_nan, "look for NaN", workers, progress)))
     if found:

@@ -10,7 +10,9 @@ boxes about and has its inverse; only `blocks` and `read` touch the disk.
 """
 
 import math
+import mmap
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, combinations
 from pathlib import Path
@@ -18,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Read, hashed and written at a time: large enough that system calls cost nothing, small enough for a core's cache.
-BLOCK_BYTES = 2**20
+# Read at a time, at most: large enough that system calls cost nothing, small enough for a core's cache.
+MAX_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,30 +185,76 @@ def _disjoint(a: Tile, b: Tile) -> bool:
     return any(oa + na <= ob or ob + nb <= oa for oa, na, ob, nb in boxes)
 
 
+def room(nbytes: int) -> Tensor:
+    """Bytes from the system, which has them back as soon as they are let go.
+
+    The C library would keep a heap of freed blocks for each thread, and not find one again for an aligned block of the same size:
+    of blocks of 1 MB, 4 MB lay there, or none, from run to run.
+    """
+    pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+class Rooms:
+    """Memory for blocks, lent to several threads: as much of it as blocks were at hand at once, each from the system once."""
+
+    def __init__(self, block_bytes: int = MAX_BLOCK_BYTES):
+        self.block_bytes = min(block_bytes, MAX_BLOCK_BYTES)
+        self._free: list[Tensor] = []
+
+    @contextmanager
+    def lend(self) -> Iterator[Tensor]:
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = room(self.block_bytes)
+        try:
+            yield memory
+        finally:
+            self._free.append(memory)
+
+
 def read(tensor: Mosaic, memory: Tensor | None = None) -> Tensor:
-    """The whole tensor, in fresh memory or at the beginning of the flat `memory`."""
-    out = torch.empty(tensor.elements, dtype=tensor.dtype) if memory is None else memory[: tensor.elements]
-    out = out.view(tensor.shape)
+    """The whole tensor, at the beginning of the bytes `memory`; in fresh ones if it and what is read around it do not fit."""
+    needed = tensor.nbytes + _around_bytes(tensor)
+    memory = room(needed) if memory is None or len(memory) < needed else memory
+    out = memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
     for tile in tensor.tiles:
-        _read_tile(tile, _box(out, tile))
+        _read_tile(tile, _box(out, tile), memory[tensor.nbytes :])
     return out
 
 
-def blocks(tensor: Mosaic, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
-    """The numbers in order, as flat tensors of about `block_bytes`; of transposed tensors, all at once.
+def _around_bytes(tensor: Mosaic) -> int:
+    """What the largest part takes that is read as it lies in its file, before it is put in its place."""
+    spans = [tile.span for tile in tensor.tiles if tile.path and not _is_in_place(tile, tensor.shape)]
+    return max(spans, default=0) * tensor.dtype.itemsize
+
+
+def _is_in_place(tile: Tile, whole: tuple[int, ...]) -> bool:
+    """Whether the numbers lie in the file as they will in the tensor, without gaps in either."""
+    # Strides of dimensions of size 1 say nothing.
+    packed = all(n == 1 or s == p for n, s, p in zip(tile.shape, tile.strides, row_major(tile.shape)))
+    return packed and tile.shape[1:] == whole[1:]
+
+
+def blocks(tensor: Mosaic, rooms: Rooms | None = None) -> Iterator[Tensor]:
+    """The numbers in order, as flat tensors that fill a room at most; of transposed tensors, all at once.
 
     All in the same memory: a block is gone when the next one comes.
     """
-    memory = None
-    for (part,) in _row_blocks(block_bytes, tensor):
-        memory = torch.empty(part.elements, dtype=tensor.dtype) if memory is None else memory
-        yield read(part, memory).flatten()
+    rooms = rooms or Rooms()
+    with rooms.lend() as memory:
+        for (part,) in _row_blocks(rooms.block_bytes, tensor):
+            yield read(part, memory).flatten()
 
 
-def same_bits(a: Mosaic, b: Mosaic) -> bool:
+def same_bits(a: Mosaic, b: Mosaic, rooms: Rooms | None = None) -> bool:
     """Whether two tensors of one shape and dtype hold the same bytes, a block at a time."""
     assert (a.dtype, a.shape) == (b.dtype, b.shape), (a.dtype, a.shape, b.dtype, b.shape)
-    return all(torch.equal(_bytes(read(x)), _bytes(read(y))) for x, y in _row_blocks(BLOCK_BYTES, a, b))
+    rooms = rooms or Rooms()
+    with rooms.lend() as ours, rooms.lend() as theirs:
+        pairs = _row_blocks(rooms.block_bytes, a, b)
+        return all(torch.equal(_bytes(read(x, ours)), _bytes(read(y, theirs))) for x, y in pairs)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -219,11 +267,17 @@ def _row_blocks(block_bytes: int, *tensors: Mosaic) -> Iterator[list[Mosaic]]:
     if not tensor.shape or not tensor.elements:
         yield list(tensors)
         return
-    rows = max(1, block_bytes // (tensor.nbytes // tensor.shape[0]))
+    rows = max(1, block_bytes // max(_row_bytes(each) for each in tensors))
     if any(is_transposed(each) for each in tensors):
         rows = tensor.shape[0]
     for start in range(0, tensor.shape[0], rows):
         yield [narrow(each, 0, start, min(rows, tensor.shape[0] - start)) for each in tensors]
+
+
+def _row_bytes(tensor: Mosaic) -> int:
+    """What a row takes: itself, and where it is a part of wider rows, what lies between it and the next one in the file."""
+    wide = [tile.strides[0] for tile in tensor.tiles if tile.path and not _is_in_place(tile, tensor.shape)]
+    return (tensor.elements // tensor.shape[0] + max(wide, default=0)) * tensor.dtype.itemsize
 
 
 def is_transposed(tensor: Mosaic) -> bool:
@@ -237,17 +291,17 @@ def _box(out: Tensor, tile: Tile) -> Tensor:
     return out
 
 
-def _read_tile(tile: Tile, out: Tensor) -> None:
+def _read_tile(tile: Tile, out: Tensor, around: Tensor) -> None:
+    """Read a part into its box of the whole, by way of the bytes `around` if it lies otherwise in its file."""
     if tile.path is None:
         out.fill_(tile.fill)
         return
-    # Strides of dimensions of size 1 say nothing.
-    packed = all(n == 1 or s == p for n, s, p in zip(tile.shape, tile.strides, row_major(tile.shape)))
-    flat = out if packed and out.is_contiguous() else torch.empty(tile.span, dtype=out.dtype)
+    in_place = _is_in_place(tile, out.shape) and out.is_contiguous()
+    flat = out.view(-1) if in_place else around[: tile.span * out.dtype.itemsize].view(out.dtype)
     if flat.numel():
-        read_exactly(tile.path, tile.start, memoryview(flat.view(-1).view(torch.uint8).numpy()), "a tensor")
-    if flat is not out:
-        out.copy_(flat.as_strided(tile.shape, tile.strides))
+        read_exactly(tile.path, tile.start, memoryview(flat.view(torch.uint8).numpy()), "a tensor")
+    if not in_place:
+        out.copy_(flat.as_strided(tile.shape, tile.strides, flat.storage_offset()))
 
 
 def read_exactly(path: Path, start: int, buffer: memoryview, what: str) -> None:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
 from conversion.checkpoint import HashedFile, bytes_of
-from conversion.ops import Mosaic, blocks
+from conversion.ops import Mosaic, Rooms, blocks
 from conversion.torch_file import open_torch_file
 
 DESCRIPTOR = b"PK\x07\x08"
@@ -39,10 +39,11 @@ class Frame:
         """The whole file; `tensors` in the order of their bytes."""
         *pieces, last = self.pieces
         crcs: list[int] = []
+        rooms = Rooms(file.block_bytes)
         for piece, tensor in zip(pieces, tensors, strict=True):
             file.write(_described(piece, crcs))
             crc = 0
-            for block in blocks(tensor):
+            for block in blocks(tensor, rooms):
                 crc = zlib.crc32(bytes_of(block), crc)
                 file.write(bytes_of(block))
                 tick(block)

@@ -17,6 +17,8 @@ SIZES = (
     "n_shared_experts n_routed_experts topk_group kv_lora_rank q_lora_rank qk_nope_head_dim "
     "qk_rope_head_dim v_head_dim max_position_embeddings"
 ).split()
+# No model has more, and lists are made of as many: a config from outside must not ask for a thousand million.
+MAX_LAYERS = 4096
 # Of layers: 0 or more.
 COUNTS = ("first_k_dense_replace", "num_nextn_predict_layers")
 # The smallest and the largest value.
@@ -262,6 +264,13 @@ def check_fields(config: AxK1Config) -> None:
         value = getattr(config, field)
         if value is not None and (type(value) is not int or value < 0):
             raise ValueError(f"{field}={value!r} counts layers; use 0 or more.")
+    for field in ("num_hidden_layers", "num_nextn_predict_layers"):
+        # Not the value itself: it may have any number of digits.
+        if getattr(config, field) > MAX_LAYERS:
+            raise ValueError(f"{field} is above {MAX_LAYERS:,}, more layers than any model has; correct the config.")
+    for name in ("mlp_layer_types", "moe_layer_freq"):
+        if isinstance(getattr(config, name), list) and len(getattr(config, name)) > MAX_LAYERS:
+            raise ValueError(f"{name} names more than {MAX_LAYERS:,} layers, more than any model has; correct the config.")
     for field, (low, high) in RANGES.items():
         value = getattr(config, field)
         if type(value) not in (int, float) or not low <= value <= high:

@@ -8,6 +8,7 @@ import torch
 
 from conversion.ops import (
     Mosaic,
+    Rooms,
     Tile,
     blocks,
     cat,
@@ -48,7 +49,7 @@ def assert_same(mosaic, tensor):
     assert torch.equal(read(mosaic), tensor)
     assert covers(mosaic) or not mosaic.elements
     for block_bytes in (1, 64, 10**6):
-        flat = torch.cat([tensor.new_empty(0), *(block.clone() for block in blocks(mosaic, block_bytes))])
+        flat = torch.cat([tensor.new_empty(0), *(block.clone() for block in blocks(mosaic, Rooms(block_bytes)))])
         assert torch.equal(flat, tensor.flatten())
 
 
@@ -127,6 +128,19 @@ def test_holes_and_overlaps_are_seen(on_disk):
     assert not covers(of(moved(upper, 0), moved(lower, 3)))
     assert not covers(of(moved(upper, -1), moved(lower, 2)))
     assert not covers(of(moved(upper, 0), moved(lower, 2), moved(lower, 2)))
+
+
+def test_a_block_and_what_is_read_around_it_fit_one_room(on_disk):
+    """A rank's columns of a matrix: seven eighths of what is read belong to others."""
+    tensor, mosaic = on_disk(300, 128)
+    part = narrow(mosaic, 1, 16, 16)
+    held, rooms = [], Rooms(2**13)
+    for block in blocks(part, rooms):
+        held.append(block.clone())
+        assert block.untyped_storage().nbytes() == 2**13
+    assert torch.equal(torch.cat(held), tensor[:, 16:32].flatten()) and len(rooms._free) == 1
+    # 64 bytes of a row and the 512 to the next one
+    assert max(block.numel() for block in held) == 2**13 // 576 * 16
 
 
 def test_same_bits_tells_one_bit_and_nan_payloads(tmp_path):
