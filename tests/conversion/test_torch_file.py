@@ -203,6 +203,17 @@ def test_a_wrong_bit_in_the_pickle_is_seen(tmp_path):
         open_torch_file(path)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_record_may_be_there_once(tmp_path):
+    """Torch would take one of the two, a zip reader the other."""
+    path = saved(tmp_path, {"w": torch.zeros(2)})
+    with zipfile.ZipFile(path, "a") as archive:
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        archive.writestr(name, archive.read(name))
+    with pytest.raises(ValueError, match="holds the record data.pkl twice"):
+        open_torch_file(path)
+
+
 def test_small_files_cannot_ask_for_much(tmp_path):
     """A memo of 2**27 entries in ten bytes; a value that holds itself twice at each of many levels."""
     with pytest.raises(ValueError, match="damaged pickle"):
