@@ -405,7 +405,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=["k1", "light"], default=["k1", "light"])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate (default: %(default)s)")
     parser.add_argument("--paper", action="store_true", help="only the prediction")
-    parser.add_argument("--tune", action="store_true", help="time other tiles on the first of the shapes")
+    parser.add_argument("--tune", action="store_true", help="time other tiles, those of the first shape, on every shape")
     parser.add_argument("--kernels", nargs="+", choices=list(LARGE), default=list(LARGE), help="which to tune")
     parser.add_argument("--record", action="store_true", help="append the figures to results.csv")
     options = parser.parse_args()
