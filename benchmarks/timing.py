@@ -70,7 +70,7 @@ def record(benchmark: str, case: str, times_ms: dict[str, float], peer: str, mac
     """
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(COLUMNS)
         for name, ms in times_ms.items():
