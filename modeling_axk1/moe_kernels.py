@@ -45,6 +45,8 @@ OLDEST_CAPABILITY = (8, 0)
 PAIR_BLOCK, COMPARED = 512, 32
 # Numbers that one program of `combine` adds up.
 COMBINED = 8192
+# Numbers of pairs' rows up to which a training step holds them all before it sums them: 32 MB in bf16.
+HELD_AT_ONCE = 1 << 24
 # Tiles of rows whose programs run side by side, so that they find each other's weights in the second-level cache.
 TILE_GROUP = 8
 # What the RuntimeErrors say that Triton raises when it cannot compile; its other errors have classes.
@@ -418,6 +420,7 @@ def rows(
     tiles,
     columns,
     depth,
+    weight_columns,
     TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -426,18 +429,18 @@ def rows(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows of a, in sorted order, times their expert's matrix, each put at its pair's own place.
+    """Rows of a, in sorted order, times `columns` of their expert's matrix, each put at its pair's own place.
 
-    weight is [E, columns, depth], or [E, depth, columns] if TRANSPOSED.
+    weight is [E, weight_columns, depth], or [E, depth, weight_columns] if TRANSPOSED, from the first of the columns on.
     """
     expert, row, live, n = own_tile(tile_M3, tiles, columns, ROWS, COLUMNS, GROUP)
     if expert >= 0:
         column = n * COLUMNS + tl.arange(0, COLUMNS)
         a_rows = a_PD + row.to(tl.int64) * depth
-        b = weight + expert.to(tl.int64) * columns * depth
+        b = weight + expert.to(tl.int64) * weight_columns * depth
         if TRANSPOSED:
             b_columns = b + in_bounds(column, columns, EVEN)
-            acc = product(a_rows, b_columns, columns, depth, ROWS, COLUMNS, DEPTH, EVEN, PRECISION)
+            acc = product(a_rows, b_columns, weight_columns, depth, ROWS, COLUMNS, DEPTH, EVEN, PRECISION)
         else:
             b_columns = b + in_bounds(column, columns, EVEN) * depth
             acc = product(a_rows, b_columns, 1, depth, ROWS, COLUMNS, DEPTH, EVEN, PRECISION)
@@ -452,13 +455,17 @@ def combine(
     weight_P,
     out_TC,
     columns,
+    out_columns,
     experts,
     top_k,
     WEIGHTED: tl.constexpr,
     PAIRS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """out = sum over a token's pairs of weight * row, in fp32; pairs of other ranks' experts have no row and add nothing."""
+    """out = sum over a token's pairs of weight * row, in fp32; pairs of other ranks' experts have no row and add nothing.
+
+    The rows are `columns` of the out_columns of out, which begins with the first of them.
+    """
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, PAIRS)
@@ -470,7 +477,7 @@ def combine(
     row = tl.load(at, mask=ours[:, None] & inside[None, :], other=0.0).to(tl.float32)
     if WEIGHTED:
         row *= tl.load(weight_P + p, mask=ours, other=0.0).to(tl.float32)[:, None]
-    store(out_TC + token * columns + column, tl.sum(row, 0), inside)
+    store(out_TC + token * out_columns + column, tl.sum(row, 0), inside)
 
 
 @jit
@@ -699,15 +706,45 @@ def sort_pairs(expert_TK: Tensor, experts: int, rows_a_tile: int) -> tuple[Tenso
     return pair_P, start_E1, tile_M3
 
 
-def sum_pairs(row_PC: Tensor, expert_TK: Tensor, weight_TK: Tensor | None, experts: int) -> Tensor:
+def sum_pairs(row_PC: Tensor, expert_TK: Tensor, weight_TK: Tensor | None, experts: int, out_TC: Tensor) -> None:
+    """Into out_TC, which may be some columns of a tensor."""
     (tokens, top_k), columns = expert_TK.shape, row_PC.shape[1]
-    out_TC = row_PC.new_empty(tokens, columns)
     padded = triton.next_power_of_2(top_k)
     width = max(32, COMBINED // padded)
     launch(
-        combine, (tokens, triton.cdiv(columns, width)), row_PC, expert_TK, weight_TK, out_TC, columns, experts, top_k,
-        WEIGHTED=weight_TK is not None, PAIRS=padded, COLUMNS=width,
+        combine, (tokens, triton.cdiv(columns, width)), row_PC, expert_TK, weight_TK, out_TC, columns, out_TC.stride(0),
+        experts, top_k, WEIGHTED=weight_TK is not None, PAIRS=padded, COLUMNS=width,
     )  # fmt: skip
+
+
+def multiply_and_sum(
+    a_PD: Tensor,
+    weight: Tensor,
+    transposed: bool,
+    sorted_pairs: tuple[Tensor, Tensor, Tensor],
+    expert_TK: Tensor,
+    weight_TK: Tensor | None,
+    tile: Tile,
+    at_once: int,
+) -> Tensor:
+    """`rows` and `combine`: [T, C] from rows in sorted order and a stacked weight [E, C, D], or [E, D, C] if transposed.
+
+    Of many pairs `at_once` columns at a time, because all of them would be what a training step holds most of at its peak.
+    """
+    (tokens, _), pairs, (pair_P, _, tile_M3) = expert_TK.shape, expert_TK.numel(), sorted_pairs
+    experts, depth, columns = weight.shape if transposed else (len(weight), *weight.shape[:0:-1])
+    if pairs * columns <= HELD_AT_ONCE:
+        at_once = columns
+    at_once = min(columns, tile.columns * triton.cdiv(at_once, tile.columns))
+    out_TC, held = a_PD.new_empty(tokens, columns), a_PD.new_empty(pairs * at_once)
+    for first in range(0, columns, at_once):
+        own = slice(first, min(first + at_once, columns))
+        row_PC = held[: pairs * (own.stop - first)].view(pairs, -1)
+        launch_tiles(
+            rows, tile, len(tile_M3), row_PC.shape[1], depth, a_PD, weight[:, :, own] if transposed else weight[:, own],
+            pair_P, tile_M3, row_PC, len(tile_M3), row_PC.shape[1], depth, columns, TRANSPOSED=transposed,
+        )  # fmt: skip
+        sum_pairs(row_PC, expert_TK, weight_TK, experts, out_TC[:, own])
     return out_TC
 
 
@@ -762,17 +799,15 @@ def kernels_forward(
     if not pairs:
         return torch.zeros_like(x_TH), gate_up_P2I
     tiles = tiles_for(capability(x_TH), x_TH.dtype, tokens, pairs / experts)
-    pair_P, _, tile_M3 = sort_pairs(expert_TK, experts, tiles.up.rows)
-    act_PI, row_PH = x_TH.new_empty(pairs, width), x_TH.new_empty(pairs, hidden)
+    pair_P, _, tile_M3 = sorted_pairs = sort_pairs(expert_TK, experts, tiles.up.rows)
+    act_PI = x_TH.new_empty(pairs, width)
     launch_tiles(
         up, tiles.up, len(tile_M3), width, hidden,
         x_TH, gate_up_E2IH, pair_P, tile_M3, gate_up_P2I, act_PI, len(tile_M3), width, hidden, top_k, KEEP=keep,
     )  # fmt: skip
-    launch_tiles(
-        rows, tiles.down, len(tile_M3), hidden, width,
-        act_PI, down_EHI, pair_P, tile_M3, row_PH, len(tile_M3), hidden, width, TRANSPOSED=False,
-    )  # fmt: skip
-    return sum_pairs(row_PH, expert_TK, weight_TK, experts), gate_up_P2I
+    at_once = width if keep else hidden
+    out_TH = multiply_and_sum(act_PI, down_EHI, False, sorted_pairs, expert_TK, weight_TK, tiles.down, at_once)
+    return out_TH, gate_up_P2I
 
 
 def kernels_backward(
@@ -816,10 +851,8 @@ def kernels_backward(
         grad_gate_up = weight_gradient(
             grad_gate_up_P2I, x_TH, sorted_pairs, top_k, gate_up_E2IH, tiles.outer, gather_a=False
         )
-    row_PH = x_TH.new_empty(pairs, hidden)
-    launch_tiles(
-        rows, tiles.down, len(tile_M3), hidden, 2 * width,
-        grad_gate_up_P2I, gate_up_E2IH, pair_P, tile_M3, row_PH, len(tile_M3), hidden, 2 * width, TRANSPOSED=True,
-    )  # fmt: skip
+    grad_x_TH = multiply_and_sum(
+        grad_gate_up_P2I, gate_up_E2IH, True, sorted_pairs, expert_TK, None, tiles.down, width
+    )
     grad_weight_TK = dot_NP.sum(dim=0).view(tokens, top_k).to(weight_TK.dtype)
-    return sum_pairs(row_PH, expert_TK, None, experts), grad_weight_TK, grad_gate_up, grad_down
+    return grad_x_TH, grad_weight_TK, grad_gate_up, grad_down

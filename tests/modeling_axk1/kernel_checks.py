@@ -142,6 +142,22 @@ def check_keeps_what_a_dense_layer_would(device: str) -> None:
     assert [t.shape for place, t in kept.items() if place not in given] == [(7 * 2, 2 * 20)]
 
 
+def check_some_columns_at_a_time(device: str) -> None:
+    """Many pairs are multiplied and summed in passes as wide as an expert: the same bits, and never all rows at once."""
+    inputs = on(device, problem(9, 6, 3, "foreign", hidden=100, width=30))
+    whole = outputs_and_gradients(run_experts, inputs)
+    with (
+        mock.patch.object(moe_kernels, "HELD_AT_ONCE", 0),
+        mock.patch.object(moe_kernels, "sum_pairs", wraps=moe_kernels.sum_pairs) as sums,
+        poisoned_memory(),
+    ):
+        passes = outputs_and_gradients(run_experts, inputs)
+        held = [call.args[0].shape[1] for call in sums.call_args_list]
+    # Forward and backward, in the interpreter's and in fp32's tiles of 32 columns.
+    assert held == 2 * [32, 32, 32, 4]
+    assert all(torch.equal(a, b) for a, b in zip(whole, passes))
+
+
 def check_frozen(device: str) -> None:
     """A frozen input changes no other gradient."""
     inputs = on(device, problem(7, 3, 2, "random"))

@@ -39,6 +39,7 @@ CHECKS = [
     checks.check_same_bits_again,
     checks.check_other_strides,
     checks.check_keeps_what_a_dense_layer_would,
+    checks.check_some_columns_at_a_time,
     checks.check_frozen,
     checks.check_operator,
     checks.check_ties_go_to_the_lowest_id,
