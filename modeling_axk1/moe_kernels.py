@@ -13,6 +13,7 @@ Axes: T tokens, K experts a token, P = T * K pairs, E experts, H hidden, I exper
 
 from __future__ import annotations
 
+import math
 import subprocess
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ class CompileError(RuntimeError):
 class Tile(NamedTuple):
     """One program's part of a matmul: rows x columns of the result, `depth` of the sum at a time.
 
-    Of `up`, columns of gate and as many of up.
+    rows: a power of two, or 1.5 times one. Of `up`, columns of gate and as many of up.
     """
 
     rows: int
@@ -79,11 +80,13 @@ class Tiles(NamedTuple):
     outer: Tile
 
 
-# Measured on an H200 with `benchmarks/moe_dispatch.py --tune`; by the rows of a tile.
+# Measured on an H200 with `benchmarks/moe_dispatch.py --tune`; by the rows of a tile. A matmul of many rows is bound by what its
+# tiles read out of the second-level cache, rows + columns a step: 192 x 256 is the largest whose sums fit the registers.
 OUTER = Tile(128, 256, 64, warps=8, stages=4)
 HOPPER = {
     64: Tiles(Tile(64, 64, 128, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4), OUTER),
     128: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), OUTER),
+    192: Tiles(Tile(192, 128, 64, 8, 3), Tile(192, 256, 64, 8, 3), Tile(192, 128, 64, 8, 4), OUTER),
 }
 # Chosen on paper, not yet measured: shared memory of all stages (2 bytes a number) within the GPU's, sums within half of its
 # registers.
@@ -102,7 +105,7 @@ SMALL_BATCH = 64
 HOPPER_SMALL = Tile(16, 128, 128, warps=8, stages=3), Tile(16, 64, 256, warps=8, stages=3)
 AMPERE_SMALL = (Tile(16, 32, 128, warps=4, stages=3),) * 2
 # Small, so that tests on small tensors see several tiles of everything.
-INTERPRETER = {32: Tiles(*[Tile(32, 32, 32, warps=4, stages=1)] * 4)}
+INTERPRETER = {48: Tiles(*[Tile(48, 32, 32, warps=4, stages=1)] * 3, Tile(32, 32, 32, warps=4, stages=1))}
 
 
 def tiles_for(capability: tuple[int, int] | None, dtype: torch.dtype, tokens: int, rows_an_expert: float) -> Tiles:
@@ -117,8 +120,8 @@ def tiles_for(capability: tuple[int, int] | None, dtype: torch.dtype, tokens: in
     if rows < SMALL_BATCH or (rows == SMALL_BATCH and rows not in choices):
         up, down = (tile._replace(rows=rows) for tile in small)
         return Tiles(up, down, down, choices[max(choices)].outer)
-    # The smallest that holds an average expert: an empty row costs what a full one does.
-    return choices[next((rows for rows in choices if rows_an_expert <= rows), max(choices))]
+    # What the tiles of an average expert read a step, beside 256 columns; an empty row costs what a full one does.
+    return choices[min(choices, key=lambda rows: math.ceil(rows_an_expert / rows) * (rows + 256))]
 
 
 @jit
@@ -294,10 +297,10 @@ def store(at, value, mask):
 
 
 @jit
-def own_tile(tile_M3, tiles, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """This program's expert (-1: nothing to do), its rows among the sorted pairs, those that are live, its tile of columns.
+def own_tile(tile_M3, tiles, columns, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """This program's expert (-1: nothing to do), its first row among the sorted pairs, the expert's last, its tile of columns.
 
-    Dead rows repeat the first one, so that what is loaded for them is memory that exists. GROUP tiles of rows go side by side.
+    GROUP tiles of rows go side by side.
     """
     program = tl.program_id(0)
     across = tl.cdiv(columns, COLUMNS)
@@ -305,10 +308,15 @@ def own_tile(tile_M3, tiles, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     size = tl.minimum(tiles - group * GROUP, GROUP)
     within = program % (GROUP * across)
     at = tile_M3 + (group * GROUP + within % size) * 3
-    first = tl.load(at + 1)
-    row = first + tl.arange(0, ROWS)
-    live = row < tl.load(at + 2)
-    return tl.load(at), tl.where(live, row, first), live, within // size
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), within // size
+
+
+@jit
+def own_rows(first, end, skipped, ROWS: tl.constexpr):
+    """Rows of a tile, and which of them are live; dead ones repeat the first, so that what is loaded is memory that exists."""
+    row = first + skipped + tl.arange(0, ROWS)
+    live = row < end
+    return tl.where(live, row, first), live
 
 
 @jit
@@ -342,25 +350,36 @@ def add_product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @jit
-def product(
+def products(
     a_rows,
+    more_a_rows,
     b_columns,
     b_step,
     depth,
     ROWS: tl.constexpr,
+    MORE: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """a b in fp32 [ROWS, COLUMNS]: pointers to a's rows and to b's columns, whose entries are `b_step` apart."""
+    """a b in fp32 [ROWS, COLUMNS] and, if MORE, [MORE, COLUMNS]: pointers to a's rows and to b's columns.
+
+    The entries of b's columns are `b_step` apart.
+    """
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    more_acc = acc
+    if MORE:
+        more_acc = tl.zeros([MORE, COLUMNS], tl.float32)
     for first in range(0, depth, DEPTH):
         k = first + tl.arange(0, DEPTH)
         a = load_rows(a_rows[:, None] + k[None, :], k, depth, EVEN)
         b = load_columns(b_columns[None, :] + k[:, None] * b_step, k, depth, EVEN)
         acc = add_product(a, b, acc, PRECISION)
-    return acc
+        if MORE:
+            more_a = load_rows(more_a_rows[:, None] + k[None, :], k, depth, EVEN)
+            more_acc = add_product(more_a, b, more_acc, PRECISION)
+    return acc, more_acc
 
 
 @jit(do_not_specialize=["tiles"])
@@ -377,37 +396,50 @@ def up(
     top_k,
     KEEP: tl.constexpr,
     ROWS: tl.constexpr,
+    MORE: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """act = silu(gate x) * (up x) of a tile of sorted pairs, whose token rows are gathered here; KEEP stores gate and up too."""
-    expert, row, live, n = own_tile(tile_M3, tiles, width, ROWS, COLUMNS, GROUP)
+    """act = silu(gate x) * (up x) of a tile of sorted pairs, whose token rows are gathered here; KEEP stores gate and up too.
+
+    Gate and up are one matmul of twice the columns.
+    """
+    expert, first, end, n = own_tile(tile_M3, tiles, width, COLUMNS, GROUP)
     if expert >= 0:
-        column = n * COLUMNS + tl.arange(0, COLUMNS)
-        x_rows = x_TH + (tl.load(pair_P + row) // top_k).to(tl.int64) * hidden
+        both = tl.arange(0, 2 * COLUMNS)
+        column = in_bounds(n * COLUMNS + tl.where(both < COLUMNS, both, both - COLUMNS), width, EVEN)
         weight = weight_E2IH + expert.to(tl.int64) * 2 * width * hidden
-        gate_columns = weight + in_bounds(column, width, EVEN) * hidden
-        up_columns = gate_columns + width * hidden
-        gate = tl.zeros([ROWS, COLUMNS], tl.float32)
-        value = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for first in range(0, hidden, DEPTH):
-            k = first + tl.arange(0, DEPTH)
-            x = load_rows(x_rows[:, None] + k[None, :], k, hidden, EVEN)
-            w_gate = load_columns(gate_columns[None, :] + k[:, None], k, hidden, EVEN)
-            w_up = load_columns(up_columns[None, :] + k[:, None], k, hidden, EVEN)
-            gate = add_product(x, w_gate, gate, PRECISION)
-            value = add_product(x, w_up, value, PRECISION)
-        stored = live[:, None] & (column < width)[None, :]
-        at_row = row[:, None].to(tl.int64) * width
-        act = gate * tl.sigmoid(gate) * value
-        store(act_PI + at_row + column[None, :], act, stored)
-        if KEEP:
-            at = gate_up_P2I + 2 * at_row + column[None, :]
-            store(at, gate, stored)
-            store(at + width, value, stored)
+        w_columns = weight + (column + tl.where(both < COLUMNS, 0, width)) * hidden
+        row, live = own_rows(first, end, 0, ROWS)
+        x_rows = x_TH + (tl.load(pair_P + row) // top_k).to(tl.int64) * hidden
+        more_row, more_live, more_x_rows = row, live, x_rows
+        if MORE:
+            more_row, more_live = own_rows(first, end, ROWS, MORE)
+            more_x_rows = x_TH + (tl.load(pair_P + more_row) // top_k).to(tl.int64) * hidden
+        acc, more_acc = products(
+            x_rows, more_x_rows, w_columns, 1, hidden, ROWS, MORE, 2 * COLUMNS, DEPTH, EVEN, PRECISION
+        )
+        swiglu(acc, gate_up_P2I, act_PI, row, live, n, width, KEEP, ROWS, COLUMNS)
+        if MORE:
+            swiglu(more_acc, gate_up_P2I, act_PI, more_row, more_live, n, width, KEEP, MORE, COLUMNS)
+
+
+@jit
+def swiglu(
+    acc, gate_up_P2I, act_PI, row, live, n, width, KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    gate, value = acc.reshape(ROWS, 2, COLUMNS).permute(0, 2, 1).split()
+    column = n * COLUMNS + tl.arange(0, COLUMNS)
+    stored = live[:, None] & (column < width)[None, :]
+    at_row = row[:, None].to(tl.int64) * width
+    store(act_PI + at_row + column[None, :], gate * tl.sigmoid(gate) * value, stored)
+    if KEEP:
+        at = gate_up_P2I + 2 * at_row + column[None, :]
+        store(at, gate, stored)
+        store(at + width, value, stored)
 
 
 @jit(do_not_specialize=["tiles"])
@@ -423,6 +455,7 @@ def rows(
     weight_columns,
     TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr,
+    MORE: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -433,19 +466,32 @@ def rows(
 
     weight is [E, weight_columns, depth], or [E, depth, weight_columns] if TRANSPOSED, from the first of the columns on.
     """
-    expert, row, live, n = own_tile(tile_M3, tiles, columns, ROWS, COLUMNS, GROUP)
+    expert, first, end, n = own_tile(tile_M3, tiles, columns, COLUMNS, GROUP)
     if expert >= 0:
         column = n * COLUMNS + tl.arange(0, COLUMNS)
-        a_rows = a_PD + row.to(tl.int64) * depth
         b = weight + expert.to(tl.int64) * weight_columns * depth
         if TRANSPOSED:
-            b_columns = b + in_bounds(column, columns, EVEN)
-            acc = product(a_rows, b_columns, weight_columns, depth, ROWS, COLUMNS, DEPTH, EVEN, PRECISION)
+            b_columns, b_step = b + in_bounds(column, columns, EVEN), weight_columns
         else:
-            b_columns = b + in_bounds(column, columns, EVEN) * depth
-            acc = product(a_rows, b_columns, 1, depth, ROWS, COLUMNS, DEPTH, EVEN, PRECISION)
-        at = out_PC + tl.load(pair_P + row)[:, None].to(tl.int64) * columns + column[None, :]
-        store(at, acc, live[:, None] & (column < columns)[None, :])
+            b_columns, b_step = b + in_bounds(column, columns, EVEN) * depth, 1
+        row, live = own_rows(first, end, 0, ROWS)
+        a_rows = a_PD + row.to(tl.int64) * depth
+        more_row, more_live, more_a_rows = row, live, a_rows
+        if MORE:
+            more_row, more_live = own_rows(first, end, ROWS, MORE)
+            more_a_rows = a_PD + more_row.to(tl.int64) * depth
+        acc, more_acc = products(
+            a_rows, more_a_rows, b_columns, b_step, depth, ROWS, MORE, COLUMNS, DEPTH, EVEN, PRECISION
+        )
+        put(acc, out_PC, pair_P, row, live, column, columns)
+        if MORE:
+            put(more_acc, out_PC, pair_P, more_row, more_live, column, columns)
+
+
+@jit
+def put(acc, out_PC, pair_P, row, live, column, columns):
+    at = out_PC + tl.load(pair_P + row)[:, None].to(tl.int64) * columns + column[None, :]
+    store(at, acc, live[:, None] & (column < columns)[None, :])
 
 
 @jit
@@ -480,8 +526,91 @@ def combine(
     store(out_TC + token * out_columns + column, tl.sum(row, 0), inside)
 
 
+@jit(do_not_specialize=["tiles", "pairs"])
+def act_backward(
+    grad_TH,
+    weight_EHI,
+    pair_P,
+    tile_M3,
+    gate_up_P2I,
+    weight_P,
+    grad_gate_up_P2I,
+    act_PI,
+    dot_NP,
+    tiles,
+    width,
+    hidden,
+    top_k,
+    pairs,
+    ACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    MORE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """From the gradient of the output to that of gate and up.
+
+    <grad, down @ act> = <grad @ down, act>: dot_NP, the share of these columns in the routing weight's gradient, needs no
+    stored expert output. ACT stores weight * act, which the gradient of `down` needs.
+    """
+    expert, first, end, n = own_tile(tile_M3, tiles, width, COLUMNS, GROUP)
+    if expert >= 0:
+        column = n * COLUMNS + tl.arange(0, COLUMNS)
+        b = weight_EHI + expert.to(tl.int64) * hidden * width + in_bounds(column, width, EVEN)
+        row, live = own_rows(first, end, 0, ROWS)
+        grad_rows = grad_TH + (tl.load(pair_P + row) // top_k).to(tl.int64) * hidden
+        more_row, more_live, more_grad_rows = row, live, grad_rows
+        if MORE:
+            more_row, more_live = own_rows(first, end, ROWS, MORE)
+            more_grad_rows = grad_TH + (tl.load(pair_P + more_row) // top_k).to(tl.int64) * hidden
+        grad, more_grad = products(
+            grad_rows, more_grad_rows, b, width, hidden, ROWS, MORE, COLUMNS, DEPTH, EVEN, PRECISION
+        )
+        dot_P = dot_NP + n.to(tl.int64) * pairs
+        swiglu_backward(
+            grad, pair_P, weight_P, gate_up_P2I, grad_gate_up_P2I, act_PI, dot_P, row, live, n, width, ACT, ROWS, COLUMNS
+        )
+        if MORE:
+            swiglu_backward(
+                more_grad, pair_P, weight_P, gate_up_P2I, grad_gate_up_P2I, act_PI, dot_P, more_row, more_live, n, width,
+                ACT, MORE, COLUMNS,
+            )  # fmt: skip
+
+
 @jit
 def swiglu_backward(
+    grad,
+    pair_P,
+    weight_P,
+    gate_up_P2I,
+    grad_gate_up_P2I,
+    act_PI,
+    dot_P,
+    row,
+    live,
+    n,
+    width,
+    ACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """In halves, because a whole tile of everything that is read and written here does not fit the registers."""
+    left, right = grad.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+    half = n * COLUMNS + tl.arange(0, COLUMNS // 2)
+    pair = tl.load(pair_P + row)
+    weight = tl.load(weight_P + pair).to(tl.float32)
+    at_row = row.to(tl.int64) * width
+    dot = half_backward(left, weight, gate_up_P2I, grad_gate_up_P2I, act_PI, at_row, live, half, width, ACT)
+    half += COLUMNS // 2
+    dot += half_backward(right, weight, gate_up_P2I, grad_gate_up_P2I, act_PI, at_row, live, half, width, ACT)
+    tl.store(dot_P + pair, dot, mask=live)
+
+
+@jit
+def half_backward(
     grad, weight, gate_up_P2I, grad_gate_up_P2I, act_PI, at_row, live, column, width, ACT: tl.constexpr
 ):
     """Of a tile [rows, columns]; returns <grad, act> of each row, which is the routing weight's gradient."""
@@ -501,53 +630,6 @@ def swiglu_backward(
     store(grad_gate_up_P2I + at, grad_gate, stored)
     store(grad_gate_up_P2I + at + width, grad * silu, stored)
     return dot
-
-
-@jit(do_not_specialize=["tiles", "pairs"])
-def act_backward(
-    grad_TH,
-    weight_EHI,
-    pair_P,
-    tile_M3,
-    gate_up_P2I,
-    weight_P,
-    grad_gate_up_P2I,
-    act_PI,
-    dot_NP,
-    tiles,
-    width,
-    hidden,
-    top_k,
-    pairs,
-    ACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """From the gradient of the output to that of gate and up.
-
-    <grad, down @ act> = <grad @ down, act>: dot_NP, the share of these columns in the routing weight's gradient, needs no
-    stored expert output. ACT stores weight * act, which the gradient of `down` needs.
-    """
-    expert, row, live, n = own_tile(tile_M3, tiles, width, ROWS, COLUMNS, GROUP)
-    if expert >= 0:
-        column = n * COLUMNS + tl.arange(0, COLUMNS)
-        pair = tl.load(pair_P + row)
-        grad_rows = grad_TH + (pair // top_k).to(tl.int64) * hidden
-        b = weight_EHI + expert.to(tl.int64) * hidden * width + in_bounds(column, width, EVEN)
-        grad = product(grad_rows, b, width, hidden, ROWS, COLUMNS, DEPTH, EVEN, PRECISION)
-        # In halves, because a whole tile of everything that is read and written here does not fit the registers.
-        left, right = grad.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
-        half = n * COLUMNS + tl.arange(0, COLUMNS // 2)
-        weight = tl.load(weight_P + pair).to(tl.float32)
-        at_row = row.to(tl.int64) * width
-        dot = swiglu_backward(left, weight, gate_up_P2I, grad_gate_up_P2I, act_PI, at_row, live, half, width, ACT)
-        half += COLUMNS // 2
-        dot += swiglu_backward(right, weight, gate_up_P2I, grad_gate_up_P2I, act_PI, at_row, live, half, width, ACT)
-        tl.store(dot_NP + n.to(tl.int64) * pairs + pair, dot, mask=live)
 
 
 @jit
@@ -616,10 +698,19 @@ def launch(kernel, grid: tuple, *arguments, warps: int = 4, stages: int = 1, **c
 
 
 def launch_matmul(kernel, tile: Tile, grid: tuple, even: bool, *arguments, **constants) -> None:
+    rows = power_of_two(tile.rows)
+    if kernel is not outer:
+        # 192 rows are 128 and 64 more: Triton's blocks are powers of two.
+        constants["MORE"] = tile.rows - rows
     launch(
-        kernel, grid, *arguments, warps=tile.warps, stages=tile.stages, ROWS=tile.rows, COLUMNS=tile.columns,
+        kernel, grid, *arguments, warps=tile.warps, stages=tile.stages, ROWS=rows, COLUMNS=tile.columns,
         DEPTH=tile.depth, GROUP=TILE_GROUP, EVEN=even, PRECISION=precision(), **constants,
     )  # fmt: skip
+
+
+def power_of_two(number: int) -> int:
+    """The largest that is not above."""
+    return 1 << (number.bit_length() - 1)
 
 
 def fitted(tile: Tile, columns: int) -> Tile:

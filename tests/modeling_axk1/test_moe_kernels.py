@@ -122,7 +122,7 @@ def test_other_numbers_of_tokens_compile_nothing_new(compiling):
     assert few == more
 
 
-@pytest.mark.parametrize("rows_an_expert, rows", [(0.1, 64), (21, 64), (65, 128), (683, 128)])
+@pytest.mark.parametrize("rows_an_expert, rows", [(0.1, 64), (21, 64), (65, 128), (171, 192), (200, 128), (683, 192)])
 def test_tiles_follow_the_rows_of_an_expert(rows_an_expert, rows):
     tiles = moe_kernels.tiles_for((9, 0), torch.bfloat16, 4096, rows_an_expert)
     assert tiles.up.rows == tiles.down.rows == rows
