@@ -29,17 +29,24 @@ def written(out, name):
     return json.loads((out / f"{name}.json").read_text())["tables"], page
 
 
+def test_each_seed_is_measured_on_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(nano_cells, "open_seed", lambda out, settings: settings)
+    options = nano_cells.options_parser("").parse_args(["--out", str(tmp_path), "--seeds", "3", "4", "--scale", "0.5"])
+    cells = nano_cells.run_seeds(options, nano_cells.Settings(test_problems=300), lambda seed: {"cell": vars(seed)})
+    assert [(of["seed"], of["test_problems"]) for of in cells["cell"]] == [(3, 150), (4, 150)]
+
+
 def test_data_table(out, capsys):
-    cells = nano_data_table.main(["--out", str(out), *SCALE, "4"])
+    cells = nano_data_table.main(["--out", str(out), *SCALE])
     assert list(cells) == ["base", "thinking only", "non-thinking only", "combined, disjoint", "sequential", "paired"]
-    assert all(len(of) == 2 for of in cells.values()), "one measurement a seed"
+    assert all(len(of) == 1 for of in cells.values()), "one measurement a seed"
     tables, page = written(out, "data_table")
     assert len(tables["What was expected"]) == 6 and "sequential" in page
     # The weights of a measured cell are gone, the figures are there.
     names = {path.name for path in (out / "seed-3").iterdir()}
     assert "data-2-paired.measured" in names and not {"data-2-paired", "data-2-sequential.first"} & names
     capsys.readouterr()
-    again = nano_data_table.main(["--out", str(out), *SCALE, "4"])
+    again = nano_data_table.main(["--out", str(out), *SCALE])
     assert again == cells and "finished earlier" in capsys.readouterr().out
 
 

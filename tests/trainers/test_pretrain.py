@@ -4,19 +4,18 @@ import json
 import logging
 import os
 import signal
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from modeling_axk1 import AxK1ForCausalLM
 from modeling_axk1.modeling_axk1 import AxK1TopkRouter
 from tests.random_models import tiny_chat_config
+from tests.ranks import run_on_ranks
 from trainers.curriculum import read_curriculum
 from trainers.muon import MuonAdamW, matrices_of, split_parameters
 from trainers.packing import Packer
@@ -186,35 +185,21 @@ def test_recomputation_gives_the_same_numbers(straight, tmp_path):
 
 
 # -- two ranks ----------------------------------------------------------------------------------------------------
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def one_rank(rank, port, out):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
+def one_rank(out):
     trainer = trainer_of(out, ddp_backend="gloo")
-    if rank == 1:
+    if trainer.args.process_index == 1:
         # One rank hears the request: both stop, with one checkpoint.
         trainer.add_callback(At(9, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     trainer.train()
     stopped = trainer.state.global_step
     trainer = trainer_of(out, ddp_backend="gloo")
     trainer.train("latest")
-    if rank == 0:
-        facts = {"stopped": stopped, "losses": losses(trainer), "loads": trainer.stage_loads}
-        (Path(out) / "facts.json").write_text(json.dumps(facts))
-    torch.distributed.destroy_process_group()
+    return {"stopped": stopped, "losses": losses(trainer), "loads": trainer.stage_loads}
 
 
 def test_two_ranks_give_the_numbers_of_one(straight, tmp_path):
     truth, out = straight
-    mp.spawn(one_rank, args=(free_port(), str(tmp_path)), nprocs=2)
-    facts = json.loads((tmp_path / "facts.json").read_text())
+    facts, _ = run_on_ranks(2, tmp_path, one_rank, str(tmp_path))
     assert facts["stopped"] == 9
     assert facts["losses"] == pytest.approx(losses(truth), abs=2e-5)
     assert facts["loads"] == truth.stage_loads, "loads are summed over ranks"

@@ -1,9 +1,6 @@
 """Does `axk1 rl` train by YAML and flags, resume, push, run in several processes, and are the example configs sound?"""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from safetensors.torch import load_file
 import axk1
 from modeling_axk1 import AxK1ForCausalLM
 from tests.random_models import tiny_chat_config
+from tests.ranks import run_on_ranks
 from tests.trainers.test_dapo_gspo import RATIOS, mixed, questions, train
 from trainers.tokenizer import train_tokenizer
 
@@ -235,32 +233,17 @@ def scripted_runs(out, processes):
     return runs
 
 
-# What each process runs: the scripted runs, and then the command itself, on our own model with real sampling.
-WORKER = """
-import json, os, sys
-import torch
-torch.set_num_threads(1)
-import axk1
-from tests.trainers.test_rl import scripted_runs
-out, command = sys.argv[1], json.loads(sys.argv[2])
-with open(f"{out}/rank-{os.environ['RANK']}.json", "w") as file:
-    json.dump(scripted_runs(out, 2), file)
-sys.exit(axk1.main(command))
-"""
+def runs_and_command(out, arguments):
+    """What each process runs: the scripted runs, and then the command itself, on our own model with real sampling."""
+    runs = scripted_runs(out, 2)
+    assert axk1.main(arguments) == 0
+    return runs
 
 
 def test_two_processes_decide_alike_and_learn_what_one_learns(start, tmp_path):
     alone = scripted_runs(tmp_path, 1)
-    (tmp_path / "worker.py").write_text(WORKER)
     arguments = command(start, tmp_path / "cli", "--save_strategy", "no", "--per_device_train_batch_size", "8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*launch, str(tmp_path / "worker.py"), str(tmp_path), json.dumps(arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    first, second = run_on_ranks(2, tmp_path, runs_and_command, tmp_path, arguments)
     for one, left, right in zip(alone, first, second):
         # The same groups are kept on both, and they are those that a single process keeps.
         assert left["trained"] == right["trained"] == one["trained"]
