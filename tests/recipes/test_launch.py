@@ -292,3 +292,6 @@ def test_the_plan_in_4_bits():
     assert said == f"each of 1 ranks: {quantized_bytes(AxK1Config.preset('k1'), 'nf4 double') / 1e9:.2f} GB"
     eight = generate_sharded.main(["k1", "--plan", "--four-bit", "--tp", "8", "--ep", "8"])
     assert eight == "each of 8 ranks: 38.23 GB"
+    # What the loader refuses has no plan: one sentence, from the same place.
+    with pytest.raises(ValueError, match=r"and got \{'tp_size': 2\}; use the number of ranks for tp_size and ep_size"):
+        generate_sharded.main(["k1", "--plan", "--four-bit", "--tp", "2"])
