@@ -13,7 +13,7 @@ from peft import get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from conversion import convert_to_megatron
-from modeling_axk1 import AxK1Config, AxK1ForCausalLM, set_thinking_tokens
+from modeling_axk1 import AxK1ForCausalLM, set_thinking_tokens
 from tests.documents import ROOT
 from tests.random_models import tiny_chat_config
 from trainers.adapters import lora_config
@@ -56,7 +56,7 @@ def make_stand_ins(folder: Path) -> None:
         shutil.copytree(folder / "MODEL", folder / name)
     get_peft_model(model, lora_config(model)).save_pretrained(folder / "ADAPTER")
     convert_to_megatron(folder / "MODEL", folder / "CHECKPOINT")
-    AxK1Config.preset("nano", vocab_size=512, num_hidden_layers=2).save_pretrained(folder / "PLANNED")
+    model.config.save_pretrained(folder / "PLANNED")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     dense = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=8, **sizes))
     for name in DENSE:

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -45,7 +46,7 @@ READ = {"", "yaml", "json", "jsonl", "text"}
 # What is put behind a command of a `shell` block, by its beginning: what comes last counts.
 CPU = "--use_cpu true --bf16 false --disable_tqdm true --gradient_accumulation_steps 1"
 SMALLER = {
-    "axk1 pretrain": f"{CPU} --scale 8e-10 --report_to none",
+    "axk1 pretrain": f"{CPU} --model PLANNED --scale 8e-10 --report_to none",
     "axk1 pretrain recipes/k1_stages.yaml --data CURATED.jsonl --model PLANNED": "--output_dir runs/planned",
     "axk1 sft": f"{CPU} --dtype float32 --max_steps 1 --per_device_train_batch_size 2 --probe_steps 0 --eval_strategy no",
     "axk1 rl": f"{CPU} --max_steps 1 --max_resample_rounds 1 --per_device_train_batch_size 8 --num_generations 2 "
@@ -68,6 +69,9 @@ NOT_RUN = {
     "axk1 curate run recipes/configs/curate.yaml": "reads a crawl; docs/features/data.md runs a recipe like it",
     "python -m recipes.": "minutes; tests/recipes/ runs each at a thousandth",
 }
+if sys.version_info < (3, 11):
+    lacking = ("axk1 rl", "axk1 serve", "axk1 curate synthesize made.jsonl --topics", "curl")
+    NOT_RUN |= dict.fromkeys(lacking, "Python 3.10 gets a TRL and a transformers without it")
 # The rooms whose docstrings make the reference.
 DOCUMENTED = ("modeling_axk1", "trainers", "conversion", "serving")
 # The module that parses a training command's settings, where it is not named like the command.
@@ -152,11 +156,13 @@ def run_command(words: list[str], capsys) -> None:
     if words[0] == "axk1":
         status = axk1.main(words[1:])
         assert status == 0, (words, capsys.readouterr().err)
-    elif words[0] == "curl" and shutil.which("curl"):
+    elif words[0] == "curl" and not shutil.which("curl"):
+        warnings.warn("curl is not installed: a block that calls it was not run", stacklevel=2)
+    elif words[0] == "curl":
         said = subprocess.run([*words, "--silent", "--fail"], capture_output=True, text=True, timeout=60)
         assert said.returncode == 0 and '"reasoning_content"' in said.stdout, said
     else:
-        assert words[0] == "curl", f"nobody has said how {words[0]} is run"
+        raise AssertionError(f"nobody has said how {words[0]} is run")
 
 
 def serve(arguments: list[str], port: str, visit: Callable[[], None]) -> None:
