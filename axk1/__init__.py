@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   axk1 eval runs/nano/fused --tasks gsm8k_test.jsonl --modes think,no-think
   axk1 convert to-hf CHECKPOINT MODEL
   axk1 doctor MODEL
-  axk1 push MODEL ORG/NAME --dry-run
+  axk1 push MODEL ORG/NAME --dry-run --license apache-2.0 --language en ko
   axk1 plan --flops 2.548e24
   axk1 plan serve k1 --gpu h200
   axk1 tokenizer train OUT --source ko=reviews.jsonl:0.6 --source code=src:0.4

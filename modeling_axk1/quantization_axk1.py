@@ -245,14 +245,9 @@ class QuantizesExperts:
         packed = [module for module in model.modules() if is_packed(module)]
         if mesh_manager is None or not packed:
             return super().maybe_distribute_model(model, distributed_config, mesh_manager)
-        sizes = {name: n for name, n in distributed_config.to_dict().items() if name.endswith("_size") and n != 1}
-        if sizes.keys() != {"tp_size", "ep_size"} or sizes["tp_size"] != sizes["ep_size"]:
-            raise ValueError(
-                f"Quantised experts are dealt by number to ranks that share a batch, and got {sizes}; "
-                "use the number of ranks for tp_size and ep_size, and nothing else."
-            )
+        ranks = ranks_dealt_to(distributed_config)
         for experts in packed:
-            experts.keep(mesh_manager.get_mesh("ep").get_local_rank(), sizes["ep_size"])
+            experts.keep(mesh_manager.get_mesh("ep").get_local_rank(), ranks)
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
         # What brings the experts their tokens replaces their forward.
         if not all("forward" in vars(experts) for experts in packed):
@@ -374,6 +369,17 @@ def settle(model: nn.Module, packed: list[str], missing: set[str]) -> None:
             # On CPUs with AVX512-BF16 the first forward would rewrite the weight in place: it rounds the scales to bf16, which
             # a later save writes down, and refuses outputs that 32 does not divide.
             module.support_avx512bf16_for_cpu = False
+
+
+def ranks_dealt_to(distributed_config) -> int:
+    """The number of ranks over which a layout deals quantised experts. ValueError for a layout that splits them otherwise."""
+    sizes = {name: n for name, n in distributed_config.to_dict().items() if name.endswith("_size") and n != 1}
+    if sizes.keys() != {"tp_size", "ep_size"} or sizes["tp_size"] != sizes["ep_size"]:
+        raise ValueError(
+            f"Quantised experts are dealt by number to ranks that share a batch, and got {sizes}; "
+            "use the number of ranks for tp_size and ep_size, and nothing else."
+        )
+    return sizes["ep_size"]
 
 
 def on_other_ranks(experts: PackedExperts, name: str) -> list[str]:

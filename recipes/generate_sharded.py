@@ -16,6 +16,7 @@ from transformers.distributed import DistributedConfig
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM, set_thinking_tokens
 from modeling_axk1.configuration_axk1 import PRESETS
+from modeling_axk1.quantization_axk1 import ranks_dealt_to
 from trainers.sharding import four_bit_bytes, held_parameters
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -26,7 +27,8 @@ def plan(model: str, layout: DistributedConfig, bytes_each: int, four_bit: bool 
     config = AxK1Config.preset(model) if model in PRESETS else AxK1Config.from_pretrained(model)
     ranks = range(layout.pp_size * layout.dp_size * layout.tp_size)
     if four_bit:
-        return f"each of {len(ranks)} ranks: {four_bit_bytes(config, len(ranks)) / 1e9:.2f} GB"
+        dealt = ranks_dealt_to(layout) if len(ranks) > 1 else 1
+        return f"each of {dealt} ranks: {four_bit_bytes(config, dealt) / 1e9:.2f} GB"
     held = {rank: held_parameters(config, layout, rank) for rank in ranks}
     return "\n".join(f"rank {rank}: {n:,} parameters, {n * bytes_each / 1e9:.2f} GB" for rank, n in held.items())
 

@@ -96,8 +96,9 @@ def _in_mode(model, inputs: dict, config: GenerationConfig) -> dict:
     return {**inputs, "enable_thinking": thinking, "thinking_budget": config.thinking_budget}
 
 
-def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)
+def _error(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
+    error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
+    return JSONResponse({"error": error}, status_code=status)
 
 
 class ThinkingParams(TransformersCompletionCreateParamsStreaming, total=False):
@@ -203,6 +204,15 @@ def build_app(model, tokenizer, *, name: str, think: bool = False) -> FastAPI:
     @app.get("/v1/models")
     def list_models():
         return {"object": "list", "data": models.get_gen_models()}
+
+    # A name may hold a slash, as a Hub name does.
+    @app.get("/v1/models/{model:path}")
+    def retrieve_model(model: str):
+        for found in models.get_gen_models():
+            if found["id"] == model:
+                return found
+        message = f"The model {model!r} does not exist; this server has {name!r}."
+        return _error(404, message, param="model", code="model_not_found")
 
     @app.get("/health")
     def health():

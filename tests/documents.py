@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+# What begins a command that starts several processes.
+LAUNCHERS = ("torchrun", "accelerate", "sbatch", "recipes/launch/")
 FENCE = re.compile(r"^```(?P<language>\w*)(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -36,6 +38,14 @@ def commands_in(text: str) -> list[list[str]]:
         if words:
             commands.append(words)
     return commands
+
+
+def documented(part: str) -> list[str]:
+    """The words of the one command of the documentation that holds `part`."""
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    shell = [block.text for page in pages for block in blocks_of(page) if block.language == "shell"]
+    (words,) = (words for text in shell for words in commands_in(text) if part in " ".join(words))
+    return words
 
 
 def session_in(text: str) -> list[tuple[list[str], str]]:

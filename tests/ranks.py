@@ -28,10 +28,14 @@ def rank_main(rank: int, world: int, port: int, folder: str, function, arguments
         dist.destroy_process_group()
 
 
+# What every rank's process finds imported, whichever file asks first.
+PRELOADED = ["tests.modeling_axk1.parallel_checks", "tests.recipes.launch_checks"]
+
+
 def run_on_ranks(world: int, folder: Path, function, *arguments) -> list:
     """What `function(*arguments)` returned on each of `world` ranks. It has to be importable: none of a test file's own."""
     # A server that has imported the libraries forks the ranks: a spawned one takes seconds to import them.
-    get_context("forkserver").set_forkserver_preload([function.__module__])
+    get_context("forkserver").set_forkserver_preload(PRELOADED)
     place = (world, free_port(), str(folder), function, arguments)
     mp.start_processes(rank_main, place, world, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]

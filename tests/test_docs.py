@@ -1,9 +1,10 @@
 """Does every block of the documentation run, is every command and path in it real, and does it build without a broken link?
 
-Blocks of a page run in their order, in one folder. `python` blocks share their names; one that is to run under torchrun is only
-compiled. A block with a title is written as the file it shows. The commands of a `console` block run, and must say what
-stands below them (`...` is anything). `shell` blocks are what this machine cannot run, for want of GPUs or of a real
-checkpoint: they are held against the parsers.
+Blocks of a page run in their order, in one folder. `python` blocks share their names. A block with a title is written as the file
+it shows. The commands of a `console` block must say what stands below them (`...` is anything). Those of a `shell` block need
+what this machine lacks: a checkpoint, data, time. They run as they are written, on tiny files of the names that they name
+(tests/stand_ins.py), with SMALLER behind them. What is started on several GPUs runs in two processes, in
+tests/recipes/test_launch.py. NOT_RUN is the rest, held against files and parsers.
 """
 
 import argparse
@@ -11,25 +12,66 @@ import ast
 import dataclasses
 import doctest
 import importlib
+import io
 import os
 import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import yaml
 from trl import TrlParser
 
 import axk1
-from tests.documents import ROOT, blocks_of, commands_in, session_in
+from tests.documents import LAUNCHERS, ROOT, blocks_of, commands_in, session_in
+from tests.ranks import free_port
+from tests.stand_ins import make_stand_ins
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "model_card.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-RUN = {"python", "console"}
-# Languages of blocks that are read, not run; "" is a drawing, a tree or what another program prints.
-READ = {"", "shell", "yaml", "json", "jsonl", "text"}
-# Programs that are not ours: a line of theirs is shown and nothing of it can be checked here.
-OTHERS = {"curl", "vllm", "pip", "sbatch", "lm_eval"}
+RUN = {"python", "console", "shell"}
+# Languages of blocks that are read, not run; "" is a tree.
+READ = {"", "yaml", "json", "jsonl", "text"}
+# What is put behind a command of a `shell` block, by its beginning: what comes last counts.
+CPU = "--use_cpu true --bf16 false --disable_tqdm true --gradient_accumulation_steps 1"
+SMALLER = {
+    "axk1 pretrain": f"{CPU} --model PLANNED --scale 8e-10 --report_to none",
+    "axk1 pretrain recipes/k1_stages.yaml --data CURATED.jsonl --model PLANNED": "--output_dir runs/planned",
+    "axk1 sft": f"{CPU} --dtype float32 --max_steps 1 --per_device_train_batch_size 2 --probe_steps 0 --eval_strategy no",
+    "axk1 rl": f"{CPU} --max_steps 1 --max_resample_rounds 1 --per_device_train_batch_size 8 --num_generations 2 "
+    "--max_completion_length 4",
+    "axk1 eval": "--limit 1 --max-new-tokens 2 --device-map cpu",
+    "axk1 tokenizer train": "--vocab-size 384",
+    "axk1 curate synthesize": "--max-tokens 4",
+    "axk1 chat": "--max-new-tokens 4 --device-map cpu",
+    "axk1 serve": "--device-map cpu",
+    "axk1 push": "--dry-run",
+}
+# What a command that asks localhost:8000 is answered by.
+SERVED = {"curl": "nano", "axk1": "NAME"}
+# Beginnings of commands that do not run here, and why.
+NOT_RUN = {
+    "make": "installs; .ci/run is `make check` and `make test`, and the tests run what the other targets call",
+    "vllm": "needs GPUs",
+    "axk1 eval MODEL --tasks lm-eval:": "downloads the tasks; tests/trainers/test_harness.py has some of its own",
+    "axk1 eval MODEL --tasks paper": "the same",
+    "axk1 curate run recipes/configs/curate.yaml": "reads a crawl; docs/features/data.md runs a recipe like it",
+    "python -m recipes.": "minutes; tests/recipes/ runs each at a thousandth",
+}
+if sys.version_info < (3, 11):
+    lacking = ("axk1 rl", "axk1 serve", "axk1 curate synthesize made.jsonl --topics", "curl")
+    NOT_RUN |= dict.fromkeys(lacking, "Python 3.10 gets a TRL and a transformers without it")
 # The rooms whose docstrings make the reference.
 DOCUMENTED = ("modeling_axk1", "trainers", "conversion", "serving")
 # The module that parses a training command's settings, where it is not named like the command.
@@ -37,25 +79,34 @@ MODULES = {"pretrain": "pretrain_run"}
 ROOMS = "modeling_axk1|trainers|conversion|serving|recipes|benchmarks|tests|docs"
 
 
-def runs_together(page) -> bool:
-    """The README's snippets stand alone, and tests/test_readme.py runs them."""
-    return page.name != "README.md" and bool({block.language for block in blocks_of(page)} & RUN)
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stand_ins")
+    make_stand_ins(folder)
+    return folder
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if runs_together(page)], ids=lambda page: page.stem)
-def test_page_runs(page, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem)
+def test_page_runs(page, tmp_path, stand_ins, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     names = {"__name__": f"docs_{page.stem}"}
     for block in blocks_of(page):
         if block.title:
             (tmp_path / block.title).write_text(block.text, encoding="utf-8")
-        elif block.language == "python":
+        elif block.language == "python" and is_run_here(page, block.text):
             # Line numbers of an error are those of the page.
-            code = compile("\n" * block.line + block.text, str(page), "exec")
-            if "under torchrun" not in block.text:
-                exec(code, names)
+            exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
         elif block.language == "console":
             run_session(block.text, capsys)
+        elif block.language == "shell":
+            lay_out(stand_ins, tmp_path)
+            run_commands(block.text, monkeypatch, capsys)
+
+
+def is_run_here(page, code: str) -> bool:
+    """The README's snippets stand alone, and tests/test_readme.py runs them; tests/recipes/test_launch.py what needs torchrun."""
+    return page.name != "README.md" and "under torchrun" not in code
 
 
 def run_session(text: str, capsys) -> None:
@@ -70,6 +121,80 @@ def run_session(text: str, capsys) -> None:
             assert doctest.OutputChecker().check_output(shown, said.out, flags), f"{arguments} said:\n{said.out}"
 
 
+# -- commands on stand-ins ----------------------------------------------------------------------------------------
+def lay_out(stand_ins, folder) -> None:
+    """Copies of what the page has not made itself."""
+    for path in stand_ins.iterdir():
+        if path.is_symlink() and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path.readlink())
+        elif path.is_dir():
+            if not (folder / path.name).exists():
+                shutil.copytree(path, folder / path.name)
+        elif not (folder / path.name).exists():
+            shutil.copy(path, folder / path.name)
+
+
+def run_commands(text: str, monkeypatch, capsys) -> None:
+    for words in commands_in(text):
+        line = " ".join(words)
+        if line.startswith(tuple(NOT_RUN)) or words[0].startswith(LAUNCHERS):
+            continue
+        words += shlex.split(" ".join(more for begin, more in SMALLER.items() if line.startswith(begin)))
+        if "localhost:8000" in line:
+            port = str(free_port())
+            asked = [word.replace("localhost:8000", f"localhost:{port}") for word in words]
+            serve([SERVED[words[0]], "--port", port, "--device-map", "cpu"], port, partial(run_command, asked, capsys))
+        elif line.startswith("axk1 serve"):
+            port = str(free_port())
+            serve([*words[2:], "--port", port], port, lambda: None)
+        else:
+            monkeypatch.setattr("sys.stdin", io.StringIO("one\n/quit\n"))
+            run_command(words, capsys)
+
+
+def run_command(words: list[str], capsys) -> None:
+    if words[0] == "axk1":
+        status = axk1.main(words[1:])
+        assert status == 0, (words, capsys.readouterr().err)
+    elif words[0] == "curl" and not shutil.which("curl"):
+        warnings.warn("curl is not installed: a block that calls it was not run", stacklevel=2)
+    elif words[0] == "curl":
+        said = subprocess.run([*words, "--silent", "--fail"], capture_output=True, text=True, timeout=60)
+        assert said.returncode == 0 and '"reasoning_content"' in said.stdout, said
+    else:
+        raise AssertionError(f"nobody has said how {words[0]} is run")
+
+
+def serve(arguments: list[str], port: str, visit: Callable[[], None]) -> None:
+    """Run `axk1 serve` until `visit()` has come and gone, then stop it as Ctrl-C does."""
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        try:
+            wait_for(f"http://localhost:{port}/health", ended)
+            visit()
+        finally:
+            if not ended.is_set():
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as visitors:
+        visited = visitors.submit(come_and_go)
+        status = axk1.main(["serve", *arguments])
+        ended.set()
+        visited.result()
+    assert status in (0, 130)
+
+
+def wait_for(url: str, ended: threading.Event, patience_s: float = 60.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not ended.is_set() and time.monotonic() < deadline:
+        try:
+            return urllib.request.urlopen(url, timeout=patience_s).close()
+        except OSError:
+            time.sleep(0.02)
+    raise AssertionError(f"{url} does not answer")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_block_is_of_a_kind_that_is_tested(page):
     assert {block.language for block in blocks_of(page)} <= RUN | READ
@@ -81,31 +206,36 @@ def test_every_block_is_of_a_kind_that_is_tested(page):
 def test_every_command_shown_is_understood(page):
     titles = {block.title for block in blocks_of(page)}
     for block in blocks_of(page):
-        if block.language == "shell" or (block.language == "" and block.text.startswith(("axk1 ", "make ", "python "))):
+        if block.language == "shell":
             for words in commands_in(block.text):
                 check_command(words, titles)
         elif block.language == "console":
             for words, _ in session_in(block.text):
                 check_command(words, titles)
+        else:
+            begun = block.text.split(maxsplit=1)[0]
+            assert block.language or begun.endswith("/"), f"{begun}... is no tree: name the language of the block"
 
 
 def check_command(words: list[str], titles: set[str]) -> None:
     program = words[0]
-    if program in ("accelerate", "torchrun", "srun", "python") and "-m" in words:
+    if program in ("accelerate", "torchrun", "python") and "-m" in words:
         module = words[words.index("-m") + 1]
         assert any((ROOT / (module.replace(".", "/") + end)).exists() for end in (".py", "/__init__.py")), words
         for path in (word for word in words if word.startswith("recipes/")):
             assert (ROOT / path).exists(), path
         if module == "axk1":
             check_axk1(words[words.index("-m") + 2 :], titles)
+        elif program == "python":
+            assert any(
+                f"{module.split('.')[1]}.main(" in test.read_text() for test in (ROOT / "tests/recipes").glob("*.py")
+            )
     elif program == "axk1":
         check_axk1(words[1:], titles)
     elif program == "make":
         assert f"\n{words[1]}: " in (ROOT / "Makefile").read_text(), words
-    elif program == "python":
-        assert (ROOT / words[1]).exists(), words
     else:
-        assert program in OTHERS, f"nobody has said how {program} is checked"
+        assert program in SERVED | NOT_RUN or (ROOT / program).exists(), f"nobody has said how {program} is checked"
 
 
 def check_axk1(arguments: list[str], titles: set[str]) -> None:
@@ -138,7 +268,7 @@ def check_settings(command: str, settings: list[str], titles: set[str]) -> None:
 
 def test_every_command_is_shown_on_some_page():
     commands = next(a for a in axk1.build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
-    written = "\n".join(page.read_text() for page in PAGES if page.name != "README.md")
+    written = "\n".join(page.read_text() for page in PAGES if page.is_relative_to(ROOT / "docs"))
     assert commands and not [name for name in commands if f"axk1 {name}" not in written]
 
 

@@ -75,11 +75,11 @@ def held_parameters(config: AxK1Config, layout: DistributedConfig, rank: int) ->
     return sum(math.prod(shape) for shape in held_shapes(config, layout, rank).values())
 
 
-def four_bit_bytes(config: AxK1Config, ranks: int) -> int:
-    """Bytes of weights on each of `ranks` (`tp_size` and `ep_size`): linear layers in NF4, doubly quantised, the rest in bf16.
+def four_bit_bytes(config: AxK1Config, ranks: int, form: str = "nf4 double") -> int:
+    """Bytes of weights on each of `ranks` (`tp_size` and `ep_size`): linear layers in `form` (nf4, nf4 double), else bf16.
 
     Experts are dealt, the vocabulary is cut, the rest is whole on every rank.
     """
-    dealt = block_bytes(config, "nf4 double", expert=ranks)
-    cut = block_bytes(config, "nf4 double", tensor=ranks)
+    dealt = block_bytes(config, form, expert=ranks)
+    cut = block_bytes(config, form, tensor=ranks)
     return cut[0] + sum(dealt[1:-1]) + cut[-1]

@@ -27,6 +27,7 @@ from tests.random_models import YARN, ours, padded_ids
 from tests.ranks import run_on_ranks
 from tests.tolerances import CACHED_STEP, GRADIENT, PREFILL
 from trainers.pipeline import pipeline_schedule
+from trainers.serve_plan import PRECISIONS, SERVING_GPUS, layouts
 from trainers.sharding import four_bit_bytes, held_parameters, held_shapes
 
 # Expert parallelism of four beside tensor parallelism of two needs FSDP for the other factor of two.
@@ -242,7 +243,12 @@ def test_quantised_experts_dealt_to_ranks_infer_and_learn_as_in_one_process(save
 
 def test_ranks_hold_the_predicted_bytes_in_4_bits(pair):
     # A vocabulary of 67 is cut into 34 and 33.
-    assert sum(found[0]["held"] for *_, found in pair[1]) == 2 * four_bit_bytes(config(), 2)
+    held = sum(found[0]["held"] for *_, found in pair[1])
+    assert held == 2 * four_bit_bytes(config(), 2)
+    nf4 = next(precision for precision in PRECISIONS if precision.name == "nf4 double")
+    [(layout, [card], *_)] = layouts(config(), nf4, "experts", SERVING_GPUS[0], 2)
+    # Both cache every layer: heads share the latents.
+    assert layout == "experts over 2" and 2 * card.weight_bytes == held and card.layers == config().num_hidden_layers
 
 
 def test_a_rank_of_quantised_experts_does_not_take_its_own_for_all(pair):

@@ -2,33 +2,36 @@
 
 import json
 import os
+import shlex
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
 pytest.importorskip("transformers.distributed.expert_parallel", reason="sharding by plans needs transformers 5.21")
 
 import axk1
-from modeling_axk1 import AxK1Config, AxK1ForCausalLM, count_parameters, set_thinking_tokens
+from modeling_axk1 import AxK1Config, AxK1ForCausalLM, count_parameters
 from modeling_axk1.quantization_axk1 import quantized_bytes
-from recipes import generate_sharded, think_fusion_sft, train_pipeline
-from tests.random_models import tiny_chat_config
+from recipes import generate_sharded, train_pipeline
+from tests.documents import LAUNCHERS, ROOT, blocks_of, commands_in, documented
 from tests.ranks import run_on_ranks
-from tests.recipes.launch_checks import run_recipes
+from tests.recipes.launch_checks import run_code, run_module, run_recipes
+from tests.stand_ins import make_stand_ins
 from trainers import pretrain_run, sft
 from trainers.curriculum import load_curriculum, plan_steps
-from trainers.mode_overlap import build_mode_overlap, make_row, save_mode_overlap
 from trainers.pipeline import next_token_loss
-from trainers.tokenizer import train_tokenizer
 
 LAUNCH = Path(generate_sharded.__file__).parent / "launch"
 PROGRAMS = ("torchrun", "srun", "vllm", "python3", "axk1")
+ON_A_CPU = "--use_cpu true --bf16 false --disable_tqdm true --gradient_accumulation_steps 1"
 # Writes each argument on a line of its own, and a line of dashes.
 RECORDER = '#!/bin/sh\nprintf "%s\\n" "$(basename "$0")" "$@" ---- >> "$RECORD"\n'
 
@@ -147,60 +150,109 @@ def test_serving_by_vllm_and_sglang(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Where the documentation's commands find what they name."""
     folder = tmp_path_factory.mktemp("launch")
-    text = "user assistant one two three four after comes 0 1 2 3 4 5 6 7 8 9 "
-    tokenizer = train_tokenizer([text], 310)
-    torch.manual_seed(0)
-    AxK1ForCausalLM(tiny_chat_config(len(tokenizer))).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "text").write_text(text * 30)
-    asked = [[{"role": "user", "content": f"{n} + 1"}] for n in range(8)]
-    rows = build_mode_overlap(make_row(ask, str(n + 1), f"after {n} comes") for n, ask in enumerate(asked))
-    save_mode_overlap(rows, folder / "mod.jsonl")
-    return folder, tokenizer, text * 30
+    make_stand_ins(folder)
+    return folder
 
 
-def sft_settings(folder: Path, out: Path, *more: str) -> list[str]:
-    return [
-        "--config", str(Path(think_fusion_sft.__file__).parent / "configs/sft_cpu.yaml"), "--save_only_model", "true",
-        "--model_name_or_path", str(folder / "model"), "--dataset", str(folder / "mod.jsonl"), "--output_dir", str(out),
-        "--max_steps", "3", "--logging_steps", "1", "--warmup_steps", "1", "--disable_tqdm", "true",
-        "--lr_scheduler_kwargs", '{"num_decay_steps": 1}', *more,
-    ]  # fmt: skip
+# What begins several processes in the documentation, each by a part of its line: run below in two, with smaller sizes behind it.
+LAUNCHED = {
+    "generate_tp_ep.sh": "--max-new-tokens 12",
+    "--four-bit": "--tp 2 --ep 2 --max-new-tokens 12 --think",
+    "generate_pp.sh": "--max-new-tokens 12",
+    "train_pp.sh": "--steps 3 --length 16 --batch 4 --micro-batches 2 --rate 1e-3",
+    "sft_fsdp2_ep.yaml": "--use_cpu true --max_steps 3 --logging_steps 1 --learning_rate 2e-3 --warmup_steps 1 "
+    "--gradient_checkpointing false --disable_tqdm true",
+    "-m axk1 pretrain": "--use_cpu true --model PLANNED --gradient_accumulation_steps 1 --disable_tqdm true",
+    "fsdp2.yaml -m axk1 sft": f"{ON_A_CPU} --max_steps 1 --per_device_train_batch_size 2 --probe_steps 0 --eval_strategy no",
+    "fsdp2.yaml -m axk1 rl": f"{ON_A_CPU} --max_steps 1 --per_device_train_batch_size 4 --num_generations 2 --use_vllm false "
+    "--steps_per_generation 1 --max_resample_rounds 1 --max_completion_length 4",
+}
+# Shrunk to nothing, its batches are one row, which two ranks cannot share.
+INSTEAD = {"recipes/k1_stages.yaml": "stages.yaml"}
+# torch has no ring attention for a CPU's kernels: `axk1 sft` would end in NotImplementedError.
+NOT_LAUNCHED = "context_parallel.yaml"
+
+
+def started(part: str, folder: Path) -> tuple[str, list[str]]:
+    """The module that a process of the documented command runs, with its arguments; GPUs of a script are two."""
+    words = documented(part)
+    if words[0].startswith("recipes/launch/"):
+        (records := folder / f"stubs-{part}").mkdir()
+        (words,) = commands_of(Path(words[0]).name, records, *words[1:], GPUS="2", TP="2", EP="2", STAGES="2")
+    if words[0] == "torchrun":
+        launch = torch.distributed.run.get_args_parser().parse_args(words[1:])
+    else:
+        launch = launch_command_parser().parse_args(words[2:])
+    assert launch.module, words
+    given = [INSTEAD.get(word, word) for word in launch.training_script_args]
+    return launch.training_script, [*given, *shlex.split(LAUNCHED[part])]
+
+
+def test_every_launch_of_the_documentation_is_run_here():
+    lines = [
+        " ".join(words)
+        for page in (ROOT / "docs").rglob("*.md")
+        for block in blocks_of(page)
+        if block.language == "shell"
+        for words in commands_in(block.text)
+        if words[0].startswith(LAUNCHERS)
+    ]
+    assert all(any(part in line for part in (*LAUNCHED, NOT_LAUNCHED)) for line in lines), lines
+    assert len(lines) == len(LAUNCHED) + 1
+
+
+@pytest.mark.parametrize("part", ["-m axk1 pretrain", "fsdp2.yaml -m axk1 sft", "fsdp2.yaml -m axk1 rl"])
+def test_two_processes_run_a_documented_launch(part, folder, tmp_path):
+    """On CPUs accelerate takes DDP where its file says FSDP."""
+    run_on_ranks(2, tmp_path, run_module, str(folder), *started(part, tmp_path))
+
+
+def test_two_processes_run_the_documented_code(folder, tmp_path):
+    page = ROOT / "docs/more_than_one_machine.md"
+    (code,) = (block.text for block in blocks_of(page) if "under torchrun" in block.text)
+    said = run_on_ranks(2, tmp_path, run_code, str(folder), code.replace("tp_size=8", "tp_size=2"))
+    # One of two heads of 8 + 8 on each.
+    assert said == ["AxK1ForCausalLM, 16"] * 2
+
+
+def sft_settings(out: Path, rows: int) -> list[str]:
+    _, (command, *settings) = started("sft_fsdp2_ep.yaml", out)
+    assert command == "sft"
+    return [*settings, "--output_dir", str(out), "--per_device_train_batch_size", str(rows)]
 
 
 @pytest.fixture(scope="module")
-def launched(files, tmp_path_factory):
+def launched(folder, tmp_path_factory):
     """What each of two ranks got from the recipes and from `axk1 sft` with FSDP2 and expert parallelism."""
-    folder, out = files[0], tmp_path_factory.mktemp("launched")
-    chat = [str(folder / "model"), "--tp", "2", "--ep", "2", "--max-new-tokens", "12", "--think"]
-    pipeline = [str(folder / "model"), str(folder / "text"), str(out / "pipeline"), "--steps", "3", "--length", "16"]
-    pipeline += ["--batch", "4", "--micro-batches", "2", "--rate", "1e-3"]
+    out = tmp_path_factory.mktemp("launched")
+    *chats, pipeline = (started(part, out)[1] for part in list(LAUNCHED)[:4])
     layout = json.dumps({"distributed_config": {"fsdp_size": 2, "ep_size": 2}})
-    sharded = sft_settings(folder, out / "sft", "--per_device_train_batch_size", "4", "--model_init_kwargs", layout)
-    return out, run_on_ranks(2, out, run_recipes, chat, pipeline, sharded)
+    sft = [*sft_settings(out / "sft", rows=4), "--model_init_kwargs", layout]
+    return out, run_on_ranks(2, out, run_recipes, str(folder), chats, pipeline, sft)
 
 
-def test_two_ranks_say_what_one_says(files, launched):
-    folder, tokenizer, _ = files
+def test_two_ranks_say_what_one_says(folder, launched):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "MODEL")
     chat = [{"role": "user", "content": "What is 2 + 3?"}]
     given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     nf4 = BitsAndBytesConfig(**generate_sharded.NF4, bnb_4bit_compute_dtype=torch.bfloat16)
     truths = []
     for bits in ({}, {"quantization_config": nf4}):
-        model = AxK1ForCausalLM.from_pretrained(folder / "model", **bits).eval()
-        set_thinking_tokens(model.generation_config, tokenizer)
+        model = AxK1ForCausalLM.from_pretrained(folder / "MODEL", **bits).eval()
         torch.manual_seed(0)
         output = model.generate(**given, enable_thinking=True, max_new_tokens=12)
         truths.append(tokenizer.decode(output[0, given["input_ids"].shape[1] :]))
-    assert truths[0] != truths[1] and [said for said, *_ in launched[1]] == [truths, truths]
+    assert truths[0] != truths[1]
+    assert [said for said, *_ in launched[1]] == [[*truths, truths[0]]] * 2
 
 
-def test_two_stages_train_as_one_process_does(files, launched):
-    folder, tokenizer, text = files
-    model = AxK1ForCausalLM.from_pretrained(folder / "model").train()
-    rows = train_pipeline.rows_of(tokenizer, text, 16)
+def test_two_stages_train_as_one_process_does(folder, launched):
+    model = AxK1ForCausalLM.from_pretrained(folder / "MODEL").train()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "MODEL")
+    rows = train_pipeline.rows_of(tokenizer, (folder / "corpus.txt").read_text(), 16)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
     for step in range(3):
         ids = rows[torch.randint(len(rows), (4,), generator=torch.Generator().manual_seed(step))]
@@ -212,13 +264,14 @@ def test_two_stages_train_as_one_process_does(files, launched):
         losses.append(loss.item())
     (_, none, _), (_, pipelined, _) = launched[1]
     assert none is None and pipelined == pytest.approx(losses, abs=1e-5)
-    trained = AxK1ForCausalLM.from_pretrained(launched[0] / "pipeline")
+    trained = AxK1ForCausalLM.from_pretrained(folder / "OUT")
     for name, weight in model.named_parameters():
         torch.testing.assert_close(trained.get_parameter(name), weight, atol=1e-5, rtol=0, msg=name)
 
 
-def test_sharded_fine_tuning_equals_one_process_and_saves_a_plain_checkpoint(files, launched, tmp_path):
-    trainer = sft.run_sft(sft_settings(files[0], tmp_path, "--per_device_train_batch_size", "8"))
+def test_sharded_fine_tuning_equals_one_process_and_saves_a_plain_checkpoint(folder, launched, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    trainer = sft.run_sft([*sft_settings(tmp_path, rows=8), "--model_init_kwargs", "{}"])
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     for *_, sharded in launched[1]:
         assert sharded == pytest.approx(losses, abs=1e-3)
@@ -239,3 +292,6 @@ def test_the_plan_in_4_bits():
     assert said == f"each of 1 ranks: {quantized_bytes(AxK1Config.preset('k1'), 'nf4 double') / 1e9:.2f} GB"
     eight = generate_sharded.main(["k1", "--plan", "--four-bit", "--tp", "8", "--ep", "8"])
     assert eight == "each of 8 ranks: 38.23 GB"
+    # What the loader refuses has no plan: one sentence, from the same place.
+    with pytest.raises(ValueError, match=r"and got \{'tp_size': 2\}; use the number of ranks for tp_size and ep_size"):
+        generate_sharded.main(["k1", "--plan", "--four-bit", "--tp", "2"])

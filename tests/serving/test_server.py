@@ -112,7 +112,12 @@ def test_a_request_may_sample_where_the_default_is_greedy(served):
 
 
 def test_models_are_listed(served):
-    assert [model.id for model in served[0].models.list()] == ["tiny-axk1"]
+    [model] = served[0].models.list()
+    assert model.id == "tiny-axk1" and served[0].models.retrieve("tiny-axk1") == model
+    for name in ("other", "skt/A.X-K1"):
+        with pytest.raises(openai.NotFoundError, match=f"'{name}' does not exist; this server has 'tiny-axk1'") as caught:
+            served[0].models.retrieve(name)
+        assert (caught.value.code, caught.value.param, caught.value.type) == ("model_not_found", "model", "invalid_request_error")
 
 
 def test_bad_requests_are_answered(served):

@@ -130,8 +130,13 @@ def test_a_token_costs_what_the_cache_holds():
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda precision: precision.name)
 def test_the_cache_takes_what_is_left_and_no_more(precision):
-    ways = [way for gpus in (8, 16) for way in fit(K1, precision, GPU["h200"], gpus, context=4096, batch=1)]
-    assert ways
+    ways = [
+        way
+        for engine in precision.engines
+        for gpus in (8, 16)
+        for way in fit(K1, precision, engine, GPU["h200"], gpus, context=4096, batch=1)
+    ]
+    assert {way.layout.split()[0] for way in ways} >= set(precision.engines) - {"vllm"} and ways
     for way in ways:
         groups = int(way.layout[2:].split()[0]) if way.layout.startswith("DP") else 1
         tokens = way.cache_tokens // groups
@@ -141,16 +146,19 @@ def test_the_cache_takes_what_is_left_and_no_more(precision):
 
 
 def test_fewest_gpus_and_what_they_hold():
-    found = {way.precision: way for way in plan_serving(K1, gpu="h200", context=32768)}
+    ways = plan_serving(K1, gpu="h200", context=32768)
+    found = {way.precision: way for way in ways if not way.layout.startswith("experts")}
     # 1,038 GB do not go into 8 x 127 GB, 522 GB do, layer by layer into five; three cards hold 295 GB, two do not.
     assert [found[name].gpus for name in ("bf16", "fp8", "int8", "nf4", "nf4 double")] == [16, 8, 5, 3, 3]
     for name in ("int8", "nf4", "nf4 double"):
         said = cards_needed(K1, name, 141 * 10**9, activation_bytes(K1))
         assert said == (found[name].gpus, found[name].cache_tokens), "what `axk1 info` says beside it"
-    assert not list(fit(K1, NF4, GPU["h200"], 2, context=1, batch=1))
-    assert not list(fit(K1, BF16, GPU["h200"], 8, context=1, batch=1))
+    assert not list(fit(K1, NF4, "layers", GPU["h200"], 2, context=1, batch=1))
+    assert not list(fit(K1, BF16, "vllm", GPU["h200"], 8, context=1, batch=1))
     every = {way.gpu for way in plan_serving(K1)}
     assert every == {gpu.name for gpu in SERVING_GPUS}
+    assert [(way.precision, way.gpus) for way in ways if "experts" in way.layout] == [("nf4", 3), ("nf4 double", 3)]
+    # Dealt, every card holds the whole cache, and none holds forty contexts.
     [more] = [way for way in plan_serving(K1, gpu="h200", context=131072, batch=40) if way.precision == "nf4"]
     assert more.gpus == 6, "forty whole contexts need more cards"
 
