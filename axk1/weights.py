@@ -160,16 +160,24 @@ def merge(
     shard_gb: float,
 ) -> None:
     from conversion import merge_checkpoints
-    from conversion.merging import is_merge_of
+    from conversion.merging import check_alpha, is_merge_of
 
     shard_bytes = _bytes(shard_gb)
     targets = {out_dir / f"alpha-{each:g}": each for each in alphas} if alphas else {out_dir: alpha}
+    # A finished merge has no journal beside it; a sweep that was killed goes on behind it.
+    finished = [
+        target
+        for target in targets
+        if alphas and target.exists() and not target.with_name(target.name + ".partial.jsonl").exists()
+    ]
+    # All of a sweep is checked before any of it is written: a merge of a large model takes its time.
     for target, weight in targets.items():
-        # A finished merge has no journal beside it; a sweep that was killed goes on behind it.
-        if alphas and target.exists() and not target.with_name(target.name + ".partial.jsonl").exists():
-            if not is_merge_of(target, thinking_dir, nonthinking_dir, weight):
-                said = f"{weight:g} x {thinking_dir.name} + {1 - weight:g} x {nonthinking_dir.name}"
-                raise ValueError(f"{target} is there already, but is not {said}; choose another OUT or remove it.")
+        check_alpha(weight)
+        if target in finished and not is_merge_of(target, thinking_dir, nonthinking_dir, weight):
+            said = f"{weight:g} x {thinking_dir.name} + {1 - weight:g} x {nonthinking_dir.name}"
+            raise ValueError(f"{target} is there already, but is not {said}; choose another OUT or remove it.")
+    for target, weight in targets.items():
+        if target in finished:
             print(f"{target} is there already")
             continue
         merge_checkpoints(thinking_dir, nonthinking_dir, target, alpha=weight, shard_bytes=shard_bytes)

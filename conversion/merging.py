@@ -76,8 +76,7 @@ def merge_checkpoints(
     OSError if the disk is full: the sources are untouched, and the same call resumes.
     """
     thinking_dir, nonthinking_dir = Path(thinking_dir), Path(nonthinking_dir)
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha={alpha} is not a weight between 0 and 1; the authors' choice is 0.8.")
+    check_alpha(alpha)
     thinking, nonthinking = open_checkpoint(thinking_dir), open_checkpoint(nonthinking_dir)
     check_mergeable(thinking, nonthinking)
     check_same_tokenizer(thinking_dir, nonthinking_dir)
@@ -96,6 +95,11 @@ def merge_checkpoints(
     finally:
         job.close()
     return Path(out_dir)
+
+
+def check_alpha(alpha: float) -> None:
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha={alpha} is not a weight between 0 and 1; the authors' choice is 0.8.")
 
 
 def merge_blocks(thinking: StoredTensor, nonthinking: StoredTensor, alpha: float) -> Iterator[Tensor]:

@@ -50,6 +50,17 @@ def test_merge_sweep_goes_on_behind_what_is_finished(tmp_path, capsys):
     assert "alpha-0.5 is there already, but is not 0.5 x better + 0.5 x nonthinking" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("last", "complaint"), [("1.5", "alpha=1.5 is not a weight"), ("0.25", "alpha-0.25 is there already, but is not")]
+)
+def test_a_sweep_is_checked_whole_before_anything_is_written(tmp_path, capsys, last, complaint):
+    (tmp_path / "sweep" / "alpha-0.25").mkdir(parents=True)
+    arguments = ["merge", *models(tmp_path), str(tmp_path / "sweep"), "--alphas", "0.5", last]
+    assert axk1.main(arguments) == 2
+    assert complaint in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["alpha-0.25"]
+
+
 @pytest.mark.parametrize("gigabytes", ["inf", "nan", "0"])
 def test_a_size_of_files_that_is_none(tmp_path, capsys, gigabytes):
     assert axk1.main(["merge", *models(tmp_path), str(tmp_path / "out"), "--shard-gb", gigabytes]) == 2

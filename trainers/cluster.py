@@ -19,6 +19,16 @@ RESERVED = 0.05
 # Bytes a logit moves over memory, by `fused`. Op by op: to fp32 (2 + 4), max (4), minus (8), exp (8), sum (4), divide and
 # keep (8), its gradient (8), to bf16 (4 + 2). Fused: read it twice, write its gradient, in bf16.
 LOGIT_BYTES = {False: 52, True: 6}
+# Units in which figures are shown, from the largest.
+COUNTS = {"T": 1e12, "B": 1e9, "M": 1e6}
+BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+TIMES = {"days": 86400, "hours": 3600, "minutes": 60, "s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+
+
+def scaled(number: float, units: dict[str, float]) -> str:
+    """In the largest unit that leaves 1 or more, else in the smallest."""
+    unit = next((unit for unit, size in units.items() if number >= size), [*units][-1])
+    return f"{number / units[unit]:,.1f} {unit}"
 
 
 @dataclass(frozen=True)
@@ -300,8 +310,9 @@ def choose_layout(config: AxK1Config, cluster: Cluster, tokens: float, model_flo
     if not fitting:
         total = count_parameters(config)["total"]
         raise ValueError(
-            f"{total / 1e9:,.1f} B parameters fit no layout on {cluster.gpus} x {cluster.gpu.name}: the leanest needs "
-            f"{least / 1e9:,.0f} GB of {limit / 1e9:,.0f} GB a GPU; use more GPUs (a power of two), larger ones, or fewer FLOPs."
+            f"{scaled(total, COUNTS)} parameters fit no layout on {cluster.gpus} x {cluster.gpu.name}: the leanest needs "
+            f"{scaled(least, BYTES)} of {scaled(limit, BYTES)} a GPU; use more GPUs (a power of two), larger ones, or fewer "
+            "FLOPs."
         )
     fastest = max(rate for *_, rate in fitting)
     near = [each for each in fitting if each[-1] >= 0.95 * fastest]
@@ -346,7 +357,7 @@ def describe(config, cluster, tokens, model_flops, pipeline: int, expert: int, c
         f"layout: PP {pipeline}, EP {expert}, CP {context} at 4,096 tokens (longer sequences: more, taken from DP), TP 1, "
         f"DP {replicas}; within 5% of the fastest layout that fits, the least CP, then the shortest pipeline",
         describe_memory(memory, gpu, pipeline),
-        f"all-to-all: {near / 1e3:.0f} kB over NVLink ({gpu.nvlink_bytes_per_s / 1e9:.0f} GB/s) and {far / 1e3:.0f} kB over "
+        f"all-to-all: {scaled(near, BYTES)} over NVLink ({gpu.nvlink_bytes_per_s / 1e9:.0f} GB/s) and {scaled(far, BYTES)} over "
         f"InfiniBand ({gpu.infiniband_bytes_per_s / 1e9:.0f} GB/s) a token and MoE layer",
         f"batch: {batch:,} tokens (tokens / {STEPS:,} steps, as DeepSeek-V3 and Kimi K2), {micro_batches} micro-batches a "
         f"replica, bubble {costs['pipeline_bubble']:.1%} [2104.04473]",
@@ -356,20 +367,20 @@ def describe(config, cluster, tokens, model_flops, pipeline: int, expert: int, c
 
 
 def describe_memory(memory: dict[str, float], gpu: Gpu, pipeline: int) -> str:
-    gb = {name: value / 1e9 for name, value in memory.items()}
+    shown = {name: scaled(value, BYTES) for name, value in memory.items()}
     return (
-        f"memory of the fullest GPU: weights and gradients {gb['weights_and_gradients']:.1f} GB (6 bytes a parameter), AdamW "
-        f"in fp32 {gb['optimizer']:.1f} GB (12, split over GPUs that hold the same), activations {gb['activations']:.1f} GB "
-        f"({pipeline} micro-batches in flight, MLA up-projections recomputed) = {sum(gb.values()):.1f} of "
+        f"memory of the fullest GPU: weights and gradients {shown['weights_and_gradients']} (6 bytes a parameter), AdamW "
+        f"in fp32 {shown['optimizer']} (12, split over GPUs that hold the same), activations {shown['activations']} "
+        f"({pipeline} micro-batches in flight, MLA up-projections recomputed) = {scaled(sum(memory.values()), BYTES)} of "
         f"{gpu.memory_bytes / 1e9:.0f} GB"
     )
 
 
 def describe_time(costs: dict[str, float], fp8: bool, rate: float) -> str:
-    us = {name: 1e6 * value for name, value in costs.items() if "seconds" in name}
+    shown = {name: scaled(value, TIMES) for name, value in costs.items() if "seconds" in name}
     return (
-        f"GPU time a token: products {us['product_seconds_per_token']:.0f} us at {'FP8' if fp8 else 'bf16'} peak, wires "
-        f"{us['wire_seconds_per_token']:.0f} us, memory passes {us['memory_pass_seconds_per_token']:.0f} us; "
+        f"GPU time a token: products {shown['product_seconds_per_token']} at {'FP8' if fp8 else 'bf16'} peak, wires "
+        f"{shown['wire_seconds_per_token']}, memory passes {shown['memory_pass_seconds_per_token']}; "
         f"{costs['fitted_waste'] - 1:.2f} x products (as bf16) and wires on top for what no formula here knows, fitted to "
         "DeepSeek-V2's 172.8K H800 hours a trillion tokens [2405.04434]; then uneven stages, cross-entropy and the bubble: "
         f"{rate / 1e12:.1f} TFLOP/s a GPU"

@@ -25,10 +25,11 @@ reason, and `report.html`, `report.json`. Killed? Run the same command again: fi
 
 import collections
 import contextlib
+import fcntl
 import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -365,16 +366,22 @@ def executors_of(recipe: Recipe, out: Path, stages: Sequence[Stage]) -> list[Pip
 def curate(recipe: Recipe) -> Path:
     """Run the recipe; returns the folder it wrote. On Slurm the jobs are queued, each waiting for the one before.
 
-    ValueError if the folder was begun with another recipe or other files.
+    ValueError if the folder was begun with another recipe or other files, or if another process is at work in it.
     """
     out = Path(recipe.out).resolve()
     stages = stages_of(recipe, out)
-    _claim(recipe, out)
+    with _alone_in(out):
+        _claim(recipe, out)
+        _run(recipe, out, stages)
+    return out
+
+
+def _run(recipe: Recipe, out: Path, stages: Sequence[Stage]) -> None:
     executors = executors_of(recipe, out, stages)
     if recipe.slurm:
         executors[-1].run()
         print(f"queued {len(stages)} jobs; {out / 'report.html'} is written by the last")
-        return out
+        return
     with tqdm(total=len(stages), desc="curating", unit=" stages") as bar, open(os.devnull, "w") as nowhere:
         for stage, executor in zip(stages, executors, strict=True):
             bar.set_postfix_str(stage.name)
@@ -382,7 +389,19 @@ def curate(recipe: Recipe) -> Path:
             with contextlib.redirect_stderr(nowhere) if executor.workers == 1 else contextlib.nullcontext():
                 executor.run()
             bar.update()
-    return out
+
+
+@contextlib.contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """One process at a time: two would write into the same files. Whoever is killed holds the folder no longer."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            # Not flock, whose lock datatrove's helper processes would inherit: some of them outlive a kill.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"{out} is being written by another process; wait for it or stop it.") from error
+        yield
 
 
 def _claim(recipe: Recipe, out: Path) -> None:
@@ -400,7 +419,6 @@ def _claim(recipe: Recipe, out: Path) -> None:
     if claimed.exists() and claimed.read_text() != text:
         raise ValueError(f"{out} was begun with another recipe or other files; remove it or name another `out`.")
     if not claimed.exists():
-        out.mkdir(parents=True, exist_ok=True)
         # Renamed when whole: half a claim, left by a kill, would refuse the same recipe ever after.
         (out / ".recipe.json").write_text(text)
         (out / ".recipe.json").rename(claimed)

@@ -3,14 +3,16 @@
 import json
 import logging
 import re
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
 import torch
+import yaml
 from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig, TrlParser, get_peft_config
 
 # Importing the package is what makes AutoModelForCausalLM build our class for model type axk1.
 import modeling_axk1  # noqa: F401
@@ -23,6 +25,14 @@ LORA_TARGETS = {
     "lora_target_modules and lora_target_parameters. Routed experts take no dropout: --lora_dropout 0."
 }
 logger = logging.getLogger(__name__)
+
+
+def parse_settings(parser: TrlParser, settings: Sequence[str]) -> tuple:
+    """The parser's dataclasses from flags and the YAML file under `--config`. ValueError for what is no setting or no YAML."""
+    try:
+        return parser.parse_args_and_config(list(settings))
+    except yaml.YAMLError as error:
+        raise ValueError(f"The file under --config is not YAML: {error}; mend it there.") from error
 
 
 def load_policy(model, args: TrainingArguments, tokenizer, quantization_config) -> tuple:

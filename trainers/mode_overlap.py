@@ -102,6 +102,26 @@ def gsm8k_row(example: dict) -> dict:
     return make_row(question, answer.strip(), GSM8K_CALCULATION.sub("", work).strip())
 
 
+def gsm8k_rows(examples: Iterable[dict]) -> list[dict]:
+    """`gsm8k_row` of each; those that are none are left out and warned about with their numbers. ValueError if all are."""
+    rows, bad = [], {}
+    for number, example in enumerate(examples):
+        try:
+            rows.append(gsm8k_row(example))
+        except ValueError as error:
+            bad[number] = error
+    if bad and not rows:
+        raise next(iter(bad.values()))
+    if bad:
+        first = ", ".join(map(str, [*bad][:10])) + (", ..." if len(bad) > 10 else "")
+        warnings.warn(
+            f"Left out: {len(bad)} of {len(bad) + len(rows)} rows, which are no question with an answer that ends in '#### ' "
+            f"and a number (rows {first}).",
+            stacklevel=2,
+        )
+    return rows
+
+
 def build_mode_overlap(thinking_rows: Iterable[dict], direct_rows: Iterable[dict] | None = None) -> list[dict]:
     """Pair every prompt's thinking answer with a direct one: two neighbouring rows a prompt, thinking first.
 
@@ -303,14 +323,14 @@ def save_mode_overlap(rows: Iterable[dict], path: str | Path) -> Path:
 def load_mode_overlap(source: str | Path, split: str = "train", config: str | None = None) -> Dataset:
     """Rows from a `.jsonl` or `.parquet` file, a folder or a Hub name, with the MOD's schema. Also made into it are
 
-    * `question` and `answer` as in GSM8K: `gsm8k_row` and `build_mode_overlap`;
+    * `question` and `answer` as in GSM8K: `gsm8k_rows` and `build_mode_overlap`;
     * `prompt` and a thinking `completion`, no more: `build_mode_overlap` cuts the thought out.
     ValueError if the columns are others.
     """
     loaded = load_table(source, split, config)
     columns = set(loaded.column_names)
     if columns == {"question", "answer"}:
-        return to_dataset(build_mode_overlap(map(gsm8k_row, loaded)))
+        return to_dataset(build_mode_overlap(gsm8k_rows(loaded)))
     if columns == {"prompt", "completion"}:
         return to_dataset(build_mode_overlap(loaded))
     if columns != set(MESSAGE_FEATURES):

@@ -15,7 +15,17 @@ import math
 from dataclasses import dataclass
 
 from modeling_axk1 import AxK1Config, count_flops, count_parameters
-from trainers.cluster import Cluster, Layout, choose_layout, find_gpu, throughput_ladder
+from trainers.cluster import (
+    BYTES,
+    COUNTS,
+    TIMES,
+    Cluster,
+    Layout,
+    choose_layout,
+    find_gpu,
+    scaled,
+    throughput_ladder,
+)
 
 # "Higher than 90% effective training time".  [Llama 3, arXiv 2407.21783, 3.3.4]
 EFFECTIVE_TIME = 0.90
@@ -92,6 +102,9 @@ def published_aspect() -> float:
 
 def granularity() -> int:
     """One whole step coarser than the near-best range: 7.
+
+    It does not shrink with the budget: of Tian et al.'s EL = A^(a + d log C + gamma (log G)^2 + beta log G) the best G has
+    log G = -beta / (2 gamma), without C.
 
     The report gives stability under imperfect balance as its reason for 7. At equal active width the experts a token visits
     grow with G, so do the copies that are dispatched and the experts whose fullest one everybody waits for. No formula of the
@@ -355,11 +368,11 @@ class Plan:
             "depth that spends it",
             f"parameters: {counts['total']:,} total, {counts['active']:,} active [modeling_axk1.count_parameters]",
             "vocabulary [Tao et al., 2407.13623]: approach 1 (dense models of all the compute) "
-            f"{vocabulary_by_flops(6 * counts['active'] * self.tokens, hidden):,.0f}, approach 2 (by the {nonvocab / 1e9:.2f} B "
-            f"active parameters outside the vocabulary) {vocabulary_by_parameters(nonvocab, hidden):,.0f}, approach 3 (by least "
-            f"loss at these tokens) {vocabulary_by_loss(nonvocab, self.tokens, hidden):,.0f}; used: the geometric mean of 2, "
-            "which ignores the tokens, and 3, which was fitted on models up to 3 B = "
-            f"{estimate_vocabulary(nonvocab, self.tokens, hidden):,.0f}",
+            f"{vocabulary_by_flops(6 * counts['active'] * self.tokens, hidden):,.0f}, approach 2 (by the "
+            f"{scaled(nonvocab, COUNTS)} active parameters outside the vocabulary) "
+            f"{vocabulary_by_parameters(nonvocab, hidden):,.0f}, approach 3 (by least loss at these tokens) "
+            f"{vocabulary_by_loss(nonvocab, self.tokens, hidden):,.0f}; used: the geometric mean of 2, which ignores the tokens, "
+            f"and 3, which was fitted on models up to 3 B = {estimate_vocabulary(nonvocab, self.tokens, hidden):,.0f}",
             "vocabulary, rounded for tensor cores: down to m x 2^k with m in 4..7, so that up to 2^(k - 7) shards stay multiples "
             f"of 128 = {config.vocab_size:,}",
             *self.layout.derivation,
@@ -380,10 +393,11 @@ class Plan:
         coarse_visits, fine_visits = (EXPERTS_PER_TOKEN * each / chosen for each in (coarse, fine))
         return (
             f"granularity: 2 x {config.hidden_size} / {config.moe_intermediate_size} = {chosen}, one step coarser than the "
-            f"{coarse}-{fine} that is near-best at any compute [2507.17702], for stability under imperfect balance: at equal "
-            f"active width G = {coarse} or {fine} would visit {coarse_visits:.1f} or {fine_visits:.1f} routed experts a token, "
-            f"not {EXPERTS_PER_TOKEN}, dispatch as many more copies, and wait for the fullest of as many more experts. The step "
-            "is our rule; no formula gives 7"
+            f"{coarse}-{fine} that is near-best at any compute [2507.17702] (its law is best at log G = -beta / (2 gamma), where "
+            f"no compute stands, so a smaller budget does not shrink it: {chosen} exactly, nothing is rounded), for stability "
+            f"under imperfect balance: at equal active width G = {coarse} or {fine} would visit {coarse_visits:.1f} or "
+            f"{fine_visits:.1f} routed experts a token, not {EXPERTS_PER_TOKEN}, dispatch as many more copies, and wait for the "
+            "fullest of as many more experts. The step is our rule; no formula gives 7"
         )
 
     def misses(self) -> list[tuple[str, float, float]]:
@@ -466,9 +480,9 @@ def text_of_plan(plan: Plan) -> str:
     rows = [
         (
             "model",
-            f"{figures['total_parameters'] / 1e9:.1f} B parameters, {figures['active_parameters'] / 1e9:.1f} B active",
+            f"{scaled(figures['total_parameters'], COUNTS)} parameters, {scaled(figures['active_parameters'], COUNTS)} active",
         ),
-        ("tokens", f"{plan.tokens / 1e12:.4g} T"),
+        ("tokens", scaled(plan.tokens, COUNTS)),
         ("vocabulary", f"{config.vocab_size:,}"),
         ("shape", f"{config.num_hidden_layers} layers of {config.hidden_size}, {config.num_attention_heads} heads"),
         (
@@ -476,14 +490,14 @@ def text_of_plan(plan: Plan) -> str:
             f"{config.n_routed_experts} of {config.moe_intermediate_size}, top {config.num_experts_per_tok} + 1 shared",
         ),
         ("granularity", f"{figures['granularity']:g}"),
-        ("cluster", f"{plan.cluster.gpus} x {plan.cluster.gpu.name} for {plan.days:.1f} days"),
+        ("cluster", f"{plan.cluster.gpus} x {plan.cluster.gpu.name} for {scaled(86400 * plan.days, TIMES)}"),
         (
             "layout",
             f"PP {plan.layout.pipeline}, EP {plan.layout.expert}, CP {plan.layout.context}, TP 1, DP {plan.layout.replicas}",
         ),
         (
             "memory",
-            f"{figures['memory_bytes_per_gpu'] / 1e9:.1f} of {plan.cluster.gpu.memory_bytes / 1e9:.0f} GB a GPU",
+            f"{scaled(figures['memory_bytes_per_gpu'], BYTES)} of {plan.cluster.gpu.memory_bytes / 1e9:.0f} GB a GPU",
         ),
         ("throughput", f"{figures['tflops_per_gpu']:.1f} TFLOP/s a GPU"),
     ]
@@ -492,9 +506,9 @@ def text_of_plan(plan: Plan) -> str:
     for stage in figures["stages"]:
         lengths, ranks = (" -> ".join(map(str, stage[key])) for key in ("sequence_lengths", "context_parallel"))
         lines += [
-            f"{stage['stage']:<20}{stage['tokens'] / 1e12:>8.4g} T  {lengths:<24}{ranks:<18}{stage['learning_rate']}"
+            f"{stage['stage']:<20}{scaled(stage['tokens'], COUNTS):>10}  {lengths:<24}{ranks:<18}{stage['learning_rate']}"
         ]
-    lines += ["", "TFLOP/s a GPU, by the same model:"]
+    lines += ["", "TFLOP/s a GPU, by the same model:"] if plan.ladder else []
     lines += [f"  {name:<40}{rate / 1e12:>8.2f}" for name, rate in plan.ladder]
     lines += ["", "Where each figure comes from:", *(f"- {reason}" for reason in figures["derivation"])]
     if plan.misses():

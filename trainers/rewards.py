@@ -61,8 +61,10 @@ def correct_reward(judge: Judge, tokenizer, tokens: Tokens, *, on_error: str = "
     """R_correct: +1 if the judge accepts the answer part, else -1; the judge never sees a thought.
 
     A judge that raises, or says anything but yes or no (NaN, None, 0.5), is a ValueError naming judge and row; with
-    on_error="skip" it is a warning, and that completion's reward is NaN.
+    on_error="skip" it is a warning, and that completion's reward is NaN. What cannot be called is a ValueError at once.
     """
+    if not callable(judge):
+        raise ValueError(f"The judge must be a function of (answer, row), got {judge!r}; see find_judge for those by name.")
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error={on_error!r} is unknown; use one of {', '.join(ON_ERROR)}.")
 
@@ -88,8 +90,10 @@ def checked(function: Callable, *, on_error: str = "raise") -> Callable[..., lis
     """A user's reward function with its failures named: NaN, infinity or an exception is a ValueError.
 
     With on_error="skip" it is a warning, counted as the metric `NAME/failed`, and the reward is None there, which in TRL
-    means that the function does not apply to the row.
+    means that the function does not apply to the row. What cannot be called is a ValueError at once.
     """
+    if not callable(function):
+        raise ValueError(f"A shaping reward must be a function as TRL calls them, got {function!r}; give the function itself.")
     name = getattr(function, "__name__", type(function).__name__)
 
     def named(completion_ids, **columns) -> list[float | None]:
@@ -214,6 +218,9 @@ def find_judge(name: str) -> Judge:
     if not colon:
         raise ValueError(f"judge={name!r} is unknown; use one of {', '.join(JUDGES)}, or package.module:function.")
     try:
-        return getattr(importlib.import_module(module), function)
+        judge = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"judge={name!r} cannot be imported ({error}); check the module's path and name.") from error
+    if not callable(judge):
+        raise ValueError(f"judge={name!r} is {judge!r}, which cannot be called; name a function of (answer, row).")
+    return judge

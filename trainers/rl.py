@@ -13,7 +13,7 @@ from datasets import Dataset
 from trl import ModelConfig, TrlParser, get_quantization_config
 
 from trainers.dapo_gspo import DapoGspoConfig, DapoGspoTrainer
-from trainers.launching import LORA_TARGETS, name_lora, require_model, train_and_save
+from trainers.launching import LORA_TARGETS, name_lora, parse_settings, require_model, train_and_save
 from trainers.mode_overlap import load_table
 from trainers.rewards import JUDGES, find_judge
 from trainers.tasks import GYM, open_family
@@ -46,7 +46,7 @@ class RlArguments:
 def parse(settings: Sequence[str]) -> tuple[RlArguments, DapoGspoConfig, ModelConfig]:
     """Flags, and under `--config` a YAML file whose values they override. ValueError for a setting that does not exist."""
     parser = TrlParser((RlArguments, DapoGspoConfig, ModelConfig), prog="axk1 rl")
-    arguments, config, model = parser.parse_args_and_config(list(settings))
+    arguments, config, model = parse_settings(parser, settings)
     require_model(model)
     return arguments, config, model
 

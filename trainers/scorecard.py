@@ -141,11 +141,17 @@ def expand_tasks(tasks: Sequence[str]) -> list[str]:
 
 
 def keep_settings(out: Path, settings: EvalSettings) -> None:
-    """Numbers of different settings must not mix in one folder."""
+    """Numbers of different settings must not mix in one folder, nor those of weights that were trained on since."""
     out.mkdir(parents=True, exist_ok=True)
-    path, now = out / "settings.json", json.dumps(asdict(settings), indent=1)
-    if path.exists() and path.read_text() != now:
-        raise ValueError(f"{out} holds numbers of other settings ({path}); choose another --out or delete the folder.")
+    facts = [(path.name, path.stat()) for path in sorted(Path(settings.model).glob("*.safetensors"))]
+    weights = [[name, fact.st_size, fact.st_mtime_ns] for name, fact in facts]
+    path, now = out / "settings.json", json.dumps({**asdict(settings), "weights": weights}, indent=1)
+    # A command that was refused may leave the file, but no numbers.
+    has_numbers = any(True for mode in MODES for _ in out.glob(f"*.{mode}.json"))
+    if has_numbers and path.exists() and path.read_text() != now:
+        raise ValueError(
+            f"{out} holds numbers of other settings or weights ({path}); choose another --out or delete the folder."
+        )
     write_whole(path, now)
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_quantization_config
 
-from trainers.launching import LORA_TARGETS, name_lora, require_model, train_and_save
+from trainers.launching import LORA_TARGETS, name_lora, parse_settings, require_model, train_and_save
 from trainers.mode_overlap import load_mode_overlap, prompt_key, validate_mode_overlap
 from trainers.think_fusion import ThinkFusionConfig, ThinkFusionTrainer
 from trainers.tokenizer import CHAT_TEMPLATE
@@ -55,7 +55,7 @@ class SftArguments:
 def parse(settings: Sequence[str]) -> tuple[SftArguments, ThinkFusionConfig, ModelConfig]:
     """Flags, and under `--config` a YAML file whose values they override. ValueError for a setting that does not exist."""
     parser = TrlParser((SftArguments, ThinkFusionConfig, ModelConfig), prog="axk1 sft")
-    arguments, config, model = parser.parse_args_and_config(list(settings))
+    arguments, config, model = parse_settings(parser, settings)
     require_model(model)
     if config.eval_strategy != "no" and arguments.test_dataset is None:
         raise ValueError(f"eval_strategy={config.eval_strategy} has nothing to evaluate on; give --test_dataset.")

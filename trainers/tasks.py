@@ -12,7 +12,8 @@ from pathlib import Path
 
 # What names a reasoning-gym family among tasks.
 GYM = "reasoning-gym:"
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
+# A minus behind a number, a letter or a bracket is no sign: 3-5 ends in 5, where lm-evaluation-harness's lenient filter says -5.
+NUMBER = re.compile(r"(?:(?<![^\W_])(?<![)\]}%])-)?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,14 @@ def same_answer(said: str, right: str) -> bool:
 
 
 def last_number(text: str) -> Decimal | None:
-    """Its value, thousands commas read as such; None if there is none."""
-    found = [match for match in NUMBER.findall(text) if any(character.isdigit() for character in match)]
-    return Decimal(found[-1].replace(",", "")) if found else None
+    """Its value, thousands commas and the minus of print (U+2212) read as such; None if there is none."""
+    matches = NUMBER.findall(text.replace("\u2212", "-"))
+    found = [match for match in matches if any(character.isdigit() for character in match)]
+    return Decimal(found[-1].replace(",", "").replace("$", "")) if found else None
 
 
 def _number(text: str) -> Decimal | None:
-    stripped = text.strip().lstrip("$").rstrip(".%")
+    stripped = text.strip().replace("\u2212", "-").lstrip("$").rstrip(".%")
     # NUMBER matches a lone sign, too.
     return last_number(stripped) if NUMBER.fullmatch(stripped) else None
 

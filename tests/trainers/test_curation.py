@@ -189,14 +189,15 @@ def test_report_shows_reasons_mixture_and_samples(curated):
     assert collect(curated, {"web": 0.8, "code": 0.2}) == facts
 
 
-def curate_until(recipe: Recipe, step: type, documents: int) -> None:
-    """Killed, as by a machine that runs out of memory, when the step's second task has passed so many documents on."""
+def curate_until(recipe: Recipe, step: type, documents: int, reached) -> None:
+    """Says when the step's second task has passed so many documents on, and waits to be killed."""
     run = step.run
 
     def until(self, data, rank=0, world_size=1):
         for number, document in enumerate(run(self, data, rank, world_size)):
             if rank == 1 and number == documents:
-                os.kill(os.getpid(), signal.SIGKILL)
+                reached.set()
+                signal.pause()
             yield document
 
     step.run = until
@@ -204,11 +205,17 @@ def curate_until(recipe: Recipe, step: type, documents: int) -> None:
 
 
 def test_killed_and_run_again_gives_the_same_files(curated, planted, tmp_path):
-    out, first = tmp_path / "out", None
+    out, first, spawn = tmp_path / "out", None, multiprocessing.get_context("spawn")
     recipe = recipe_of(planted[0], out)
     for step in (MinhashDedupFilter, Mixture):
-        child = multiprocessing.get_context("spawn").Process(target=curate_until, args=(recipe, step, 20))
+        reached = spawn.Event()
+        child = spawn.Process(target=curate_until, args=(recipe, step, 20, reached))
         child.start()
+        assert reached.wait(timeout=60)
+        with pytest.raises(ValueError, match="is being written by another process; wait for it or stop it"):
+            curate(recipe)
+        # As by a machine that runs out of memory.
+        child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL and not (out / "report.json").exists()
         assert (out / "documents").exists() == (step is Mixture)
@@ -296,6 +303,7 @@ def test_a_folder_belongs_to_one_state_of_its_files(tmp_path, monkeypatch, chang
         quality={"model": "quality"},
         decontaminate={"evaluations": ["eval.jsonl"]},
     )
+    Path("out").mkdir()
     _claim(recipe, Path("out"))
     _claim(recipe, Path("out"))
     # As many bytes as before, written later.
@@ -307,6 +315,7 @@ def test_a_folder_belongs_to_one_state_of_its_files(tmp_path, monkeypatch, chang
 def test_killed_while_it_claims_its_folder_it_goes_on_too(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("some text")
     recipe = Recipe(str(tmp_path / "out"), [{"name": "a", "path": str(tmp_path / "text.txt")}])
+    (tmp_path / "out").mkdir()
     write = Path.write_text
 
     def half(path, text):

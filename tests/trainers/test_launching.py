@@ -10,6 +10,13 @@ from trainers.launching import load_policy, name_lora
 
 
 @pytest.mark.parametrize("command", [rl, sft], ids=["rl", "sft"])
+def test_a_file_that_is_no_yaml_is_refused(tmp_path, command):
+    (tmp_path / "bad.yaml").write_text("max_steps: [1")
+    with pytest.raises(ValueError, match="The file under --config is not YAML: while parsing a flow sequence"):
+        command.parse(["--config", str(tmp_path / "bad.yaml")])
+
+
+@pytest.mark.parametrize("command", [rl, sft], ids=["rl", "sft"])
 @pytest.mark.parametrize(
     ("given", "kept"),
     [(["o_proj"], ["o_proj"]), (["q_b_proj", "o_proj"], ["q_b_proj", "o_proj"]), (["all-linear"], "all-linear")],

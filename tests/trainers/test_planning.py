@@ -49,6 +49,9 @@ def test_a_tenth_of_the_budget_shrinks_everything(k1, tenth):
     large, small = k1.figures(), tenth.figures()
     for name in ("total_parameters", "active_parameters", "tokens", "vocab_size", "layers", "hidden_size"):
         assert small[name] < large[name], name
+    # All but the granularity, of which the law's best is the same at any compute: so the plan says.
+    assert (small["granularity"], large["granularity"]) == (7, 7)
+    assert "a smaller budget does not shrink it: 7 exactly, nothing is rounded" in planning.text_of_plan(tenth)
     # Parameters and tokens share the compute equally: each falls with its square root.
     assert small["total_parameters"] / large["total_parameters"] == pytest.approx(10**-0.5, rel=0.05)
 
@@ -128,6 +131,13 @@ def test_a_plan_of_any_size_spends_its_budget_and_can_be_built(flops):
     assert config.n_routed_experts % figures["expert_parallel"] == 0
     assert 2048 % (figures["pipeline_parallel"] * figures["context_parallel"]) == 0
     assert figures["memory_bytes_per_gpu"] <= 0.95 * 141e9
+
+
+def test_a_tiny_plan_is_shown_in_units_that_fit_it():
+    shown = planning.text_of_plan(plan_flops(1e18, gpus=8))
+    for figure in ("241.4 M parameters, 14.3 M active", "4.5 B\n", "8.8 minutes", "290.5 M", "13", " ns at FP8 peak"):
+        assert figure in shown, figure
+    assert "by the same model" not in shown
 
 
 def test_misses_are_printed_at_the_reports_budget_only(k1, tenth):

@@ -146,6 +146,13 @@ def test_a_shaping_reward_is_checked_but_may_say_none(caplog):
     assert counted == [("bonus/failed", 1)] and "bonus returned inf" in caplog.text
 
 
+def test_what_cannot_be_called_is_refused_before_any_answer():
+    with pytest.raises(ValueError, match="The judge must be a function of .answer, row., got 'math'"):
+        correct_reward("math", Ids(), TOKENS)
+    with pytest.raises(ValueError, match="A shaping reward must be a function .* got 3"):
+        checked(3)
+
+
 def test_spread_is_what_a_loop_says():
     groups = [[1, 1, 1], [-1, -1, -1], [-2, -2, -1], [1, -1, 1], [1, 1, 1 + 1e-7], [1, math.nan, -1], [-2, -2, -2]]
     expected = []
@@ -196,6 +203,6 @@ def test_reasoning_gym_judges_by_its_own_verifier(family):
 def test_judges_by_name_and_by_import():
     assert find_judge("math") is judge_math
     assert find_judge("trainers.rewards:judge_text") is judge_text
-    for name in ("maths", "trainers.rewards:judge_nothing", "no_such_module:judge"):
+    for name in ("maths", "trainers.rewards:judge_nothing", "no_such_module:judge", "trainers.rewards:SPREAD"):
         with pytest.raises(ValueError, match=f"judge='{name}'"):
             find_judge(name)

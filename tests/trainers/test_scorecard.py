@@ -1,6 +1,8 @@
 """Does the scorecard judge both modes, resume, refuse what it cannot read, and show what it measured?"""
 
 import json
+import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -71,6 +73,20 @@ def test_finished_tasks_are_kept_and_settings_do_not_mix(checkpoint, problems, t
         run(checkpoint, [problems], out, modes="think")
     with pytest.raises(ValueError, match="holds numbers of other settings"):
         run(checkpoint, [problems], out, max_new_tokens=6)
+    # Trained on in its place, a model has other numbers, too.
+    trained = tmp_path / "trained"
+    shutil.copytree(checkpoint, trained)
+    monkeypatch.undo()
+    run(trained, [problems], tmp_path / "second", modes="no-think")
+    os.utime(trained / "model.safetensors", (0, 0))
+    with pytest.raises(ValueError, match="numbers of other settings or weights"):
+        run(trained, [problems], tmp_path / "second", modes="no-think")
+
+
+def test_a_refused_command_does_not_claim_the_folder(checkpoint, problems, tmp_path):
+    with pytest.raises(ValueError, match="no such family"):
+        run(checkpoint, ["reasoning-gym:nosuch"], tmp_path / "out")
+    assert run(checkpoint, [problems], tmp_path / "out", modes="no-think", max_new_tokens=6)
 
 
 @pytest.mark.parametrize(
