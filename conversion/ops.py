@@ -304,12 +304,22 @@ def _read_tile(tile: Tile, out: Tensor, around: Tensor) -> None:
         out.copy_(flat.as_strided(tile.shape, tile.strides, flat.storage_offset()))
 
 
+@contextmanager
+def still_there(path: Path) -> Iterator[None]:
+    """A source file that was found before: an OSError of it says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror}, but it was there before; put it back as it was and run the same again"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
 def read_exactly(path: Path, start: int, buffer: memoryview, what: str) -> None:
-    """Fill the buffer from byte `start` of a file. ValueError if the file ends inside it.
+    """Fill the buffer from byte `start` of a file. ValueError if the file ends inside it, OSError if it is gone.
 
     A plain read, not a memory map: a map of a file that shrinks meanwhile kills the process, a short read is an error.
     """
-    with path.open("rb", buffering=0) as file:
+    with still_there(path), path.open("rb", buffering=0) as file:
         file.seek(start)
         # Linux hands out at most 2 GiB a call.
         while len(buffer):
