@@ -278,8 +278,8 @@ class Conversion:
         tensors = self.opened.tensors.values()
         rate, nbytes = _measured_rate(self.opened), sum(file.nbytes for file in self.files)
         block_bytes = file_block_bytes(tensors)
-        # A transposed tensor is read whole, as it lies in the file and as it should, and compared with another.
-        whole = max((3 * tensor.nbytes for tensor in tensors if is_transposed(tensor)), default=0)
+        # A quarter of a transposed tensor, as it lies in the file and as it should, beside as much of the one compared with it.
+        whole = max((tensor.nbytes for tensor in tensors if is_transposed(tensor)), default=0)
         held = max(Rooms(block_bytes).block_bytes, whole) + FILE_BLOCKS * block_bytes
         memory_bytes = workers * held + BYTES_A_TENSOR * len(tensors)
         return Plan([(file.name, file.nbytes) for file in self.files], memory_bytes, nbytes / rate / workers, rate)
