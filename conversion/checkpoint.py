@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from conversion.ops import read_exactly
+from conversion.ops import read_exactly, still_there
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -615,8 +615,12 @@ def sha256_of(path: Path) -> str:
 
 def identity(paths: Iterable[Path]) -> list[list]:
     """What stands for the content of source files in a job's plan: names, sizes and times."""
-    facts = [(path, path.stat()) for path in sorted(set(paths))]
-    return [[f"{path.parent.name}/{path.name}", stat.st_size, stat.st_mtime_ns] for path, stat in facts]
+    facts = []
+    for path in sorted(set(paths)):
+        with still_there(path):
+            stat = path.stat()
+        facts.append([f"{path.parent.name}/{path.name}", stat.st_size, stat.st_mtime_ns])
+    return facts
 
 
 def _sync(path: Path) -> None:

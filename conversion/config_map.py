@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from conversion.torch_file import shown
 from modeling_axk1.configuration_axk1 import AxK1Config
 
 # Megatron's argument and the config field that says the same.
@@ -56,6 +57,14 @@ YARN_FIELDS = {
     "mscale": "mscale",
     "mscale_all_dim": "mscale_all_dim",
 }
+# How many ranks there are of each kind.
+LAYOUT_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
 # What every A.X K1 has, and what none has: argument, the values that are right (absent and None count as the first), the reason.
 REQUIRED: dict[str, tuple[tuple, str]] = {
     "multi_latent_attention": ((True,), "A.X K1 attends by multi-latent attention"),
@@ -64,6 +73,7 @@ REQUIRED: dict[str, tuple[tuple, str]] = {
     "qk_layernorm": ((True,), "A.X K1 normalises both latents"),
     "moe_router_score_function": (("sigmoid",), "A.X K1's router is a sigmoid"),
     "position_embedding_type": (("rope", None), "A.X K1's positions are RoPE"),
+    "untie_embeddings_and_output_weights": ((True, False), "its head has weights of its own or the embedding's"),
 }
 REFUSED: dict[str, tuple[tuple, str]] = {
     "add_bias_linear": ((False,), "A.X K1's linear layers have no bias"),
@@ -108,26 +118,39 @@ DESCRIBING = {
     *(
         "moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor moe_router_enable_expert_bias"
     ).split(),
-    "untie_embeddings_and_output_weights",
 }
 
 
-# What is reckoned with: a text or a list in its place could grow to any size in a product or a remainder.
+# What is reckoned with, and what kind of number it is. A text in its place could grow to any size in a product or a remainder, a
+# negative or infinite one would become a config that computes nothing.
+WHOLE, COUNT = "a whole number above 0", "a whole number of 0 or more"
+POSITIVE, NUMBER = "a number above 0", "a number of 0 or more"
 NUMBERS = {
-    *FIELDS,
-    *(name for names in OTHER_NAMES.values() for name in names),
-    *(ROPE_DEFAULTS.keys() - {"rope_type"}),
-    *"vocab_size padded_vocab_size make_vocab_size_divisible_by moe_shared_expert_intermediate_size mtp_num_layers".split(),
-    *"moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor".split(),
+    **dict.fromkeys((*FIELDS, *(name for names in OTHER_NAMES.values() for name in names)), WHOLE),
+    **dict.fromkeys("vocab_size padded_vocab_size make_vocab_size_divisible_by".split(), WHOLE),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", *LAYOUT_SIZES), WHOLE),
+    **dict.fromkeys("mtp_num_layers moe_router_num_groups moe_router_group_topk".split(), COUNT),
+    **dict.fromkeys("rotary_base rotary_scaling_factor original_max_position_embeddings".split(), POSITIVE),
+    **dict.fromkeys("beta_fast beta_slow moe_router_topk_scaling_factor".split(), POSITIVE),
+    **dict.fromkeys("layernorm_epsilon norm_epsilon init_method_std mscale mscale_all_dim".split(), NUMBER),
 }
 
 
 def check_numbers(args: Mapping[str, Any]) -> None:
-    """ValueError for an argument that is to be a number and is none, or a larger one than any model's."""
-    for name in sorted(NUMBERS):
+    """ValueError for an argument that is to be a number and is none, or one that no model has."""
+    for name, kind in sorted(NUMBERS.items()):
         value = args.get(name)
-        if value is not None and (type(value) not in (int, float) or not abs(value) < 2**63):
-            raise ValueError(f"Megatron's argument {name} is a {type(value).__name__} that no model has; it is damaged.")
+        if value is not None and not _is(kind, value):
+            raise ValueError(
+                f"Megatron's argument {name}={shown(value)} is not {kind}; the arguments are damaged, fetch or save the "
+                "checkpoint again."
+            )
+
+
+def _is(kind: str, value: Any) -> bool:
+    if type(value) is not int and (type(value) is not float or kind in (WHOLE, COUNT)):
+        return False
+    return (0 < value if kind in (WHOLE, POSITIVE) else 0 <= value) and value < 2**63
 
 
 def argument(args: Mapping[str, Any], name: str, default: Any = None) -> Any:
@@ -142,10 +165,10 @@ def check_arguments(args: Mapping[str, Any]) -> None:
     """ValueError for a setting that A.X K1 does not have."""
     for name, (right, reason) in REQUIRED.items():
         if argument(args, name, right[0]) not in right:
-            raise ValueError(f"Megatron's {name}={args[name]!r} is not A.X K1: {reason}.")
+            raise ValueError(f"Megatron's {name}={shown(args[name])} is not A.X K1: {reason}.")
     for name, (right, reason) in REFUSED.items():
         if argument(args, name, right[0]) not in right:
-            raise ValueError(f"Megatron's {name}={args[name]!r} cannot be converted: {reason}.")
+            raise ValueError(f"Megatron's {name}={shown(args[name])} cannot be converted: {reason}.")
     if "q_lora_rank" in args and args["q_lora_rank"] is None:
         raise ValueError(
             "Megatron's q_lora_rank=None is not A.X K1: its queries have a latent; such models are DeepSeek's."
@@ -235,8 +258,12 @@ def layer_types_said(args: Mapping[str, Any]) -> list[str] | None:
         freq = _layer_list(freq)
     if freq is None:
         return None
-    if isinstance(freq, int):
+    if type(freq) is int and freq > 0:
         freq = [int(layer % freq == 0) for layer in range(layers)]
+    if not isinstance(freq, list | tuple) or not all(type(flag) is int and flag in (0, 1) for flag in freq):
+        raise ValueError(
+            f"moe_layer_freq={shown(freq)} is neither a number nor a list of 0 and 1; correct the arguments."
+        )
     return ["sparse" if flag else "dense" for flag in freq]
 
 
@@ -256,21 +283,24 @@ def _layer_list(text: str) -> int | list[int]:
             left, right = value(node.left), value(node.right)
             if isinstance(left, list) and isinstance(right, int) and 0 <= len(left) * right <= 4096:
                 return left * right
-        raise ValueError(f"moe_layer_freq={text!r} is neither a number nor a list of 0 and 1.")
+        raise ValueError(f"moe_layer_freq={text!r} is neither a number nor a list of 0 and 1; correct the arguments.")
 
     try:
         # Python's own parser falls over a text that nests deeply enough.
         return value(ast.parse(text.strip() if len(text) <= 4096 else "", mode="eval"))
     except (SyntaxError, TypeError) as error:
-        raise ValueError(f"moe_layer_freq={text[:80]!r} is neither a number nor a list of 0 and 1.") from error
+        raise ValueError(
+            f"moe_layer_freq={text[:80]!r} is neither a number nor a list of 0 and 1; correct the arguments."
+        ) from error
 
 
 def routing_fields(args: Mapping[str, Any], has_bias: bool) -> dict[str, Any]:
     """Megatron scores a group by its best topk // group_topk experts, transformers by its best two, whatever K."""
     top_k = args["moe_router_topk"]
     groups, top_groups = args.get("moe_router_num_groups"), args.get("moe_router_group_topk")
-    grouped = groups is not None and groups > 1
-    if grouped and top_k // (top_groups or 1) != 2:
+    # Groups without a number of them to be chosen are no groups to Megatron.
+    grouped = (groups or 1) > 1 and bool(top_groups)
+    if grouped and top_k // top_groups != 2:
         raise ValueError(
             f"Megatron scores a group by the sum of its moe_router_topk // moe_router_group_topk = {top_k} // {top_groups} "
             "best experts, A.X K1 in transformers and vLLM by its two best; this checkpoint would route differently."
@@ -292,7 +322,12 @@ def rope_from_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
         said["original_max_position_embeddings"] = argument(
             args, "original_max_position_embeddings", args["max_position_embeddings"]
         )
-    if said["rope_type"] == "yarn" and said["rotary_scaling_factor"] <= 1:
+    if said["rope_type"] == "yarn" and said["rotary_scaling_factor"] < 1:
+        raise ValueError(
+            f"rotary_scaling_factor={said['rotary_scaling_factor']} with rope_type='yarn' shortens the context, which "
+            "transformers' YaRN does not; no config describes this checkpoint."
+        )
+    if said["rope_type"] == "yarn" and said["rotary_scaling_factor"] == 1:
         # A real run's arguments, without --rope-type: YaRN by a factor of 1 is plain RoPE, to the bit.
         return {"rope_type": "default", "rope_theta": float(said["rotary_base"])}
     if said["rope_type"] == "rope":
@@ -303,7 +338,7 @@ def rope_from_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
             )
         return {"rope_type": "default", "rope_theta": float(said["rotary_base"])}
     if said["rope_type"] != "yarn":
-        raise ValueError(f"rope_type={said['rope_type']!r} is not Megatron's for MLA; use 'rope' or 'yarn'.")
+        raise ValueError(f"rope_type={shown(said['rope_type'])} is not Megatron's for MLA; use 'rope' or 'yarn'.")
     yarn = {field: float(said[name]) for name, field in YARN_FIELDS.items()}
     yarn["original_max_position_embeddings"] = int(yarn["original_max_position_embeddings"])
     rope = {"rope_type": "yarn", "rope_theta": float(said["rotary_base"]), **yarn}
@@ -380,6 +415,12 @@ def arguments_from_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
         return {"rope_type": "rope", "rotary_base": rope["rope_theta"], "rotary_scaling_factor": 1.0}
     if rope["rope_type"] != "yarn":
         raise ValueError(f"rope_type={rope['rope_type']!r} is not in Megatron's MLA; only default and yarn are.")
+    # In JSON, null is what is not said.
+    rope = {name: value for name, value in rope.items() if value is not None}
+    if rope.get("factor", 0) < 1:
+        raise ValueError(
+            f"YaRN's factor={rope.get('factor')} is none of Megatron's; use the one trained with, of 1 or more."
+        )
     defaults = {field: ROPE_DEFAULTS[name] for name, field in YARN_FIELDS.items() if name != "rotary_scaling_factor"}
     yarn = {name: {**defaults, **rope}[field] for name, field in YARN_FIELDS.items()}
     said = {"rope_type": "yarn", "rotary_base": rope["rope_theta"], **yarn}
@@ -397,5 +438,5 @@ def _inferred_factor(rope: Mapping[str, Any]) -> float:
     """The attention factor that transformers takes where none is given.  [modeling_rope_utils, YaRN]"""
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     both = (mscale, all_dim) if mscale and all_dim else (1.0, 0.0)
-    said = {"rotary_scaling_factor": rope["factor"], "mscale": both[0], "mscale_all_dim": both[1]}
+    said = {"rotary_scaling_factor": rope.get("factor", 1.0), "mscale": both[0], "mscale_all_dim": both[1]}
     return megatron_attention_factor(said)

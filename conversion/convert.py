@@ -7,7 +7,6 @@ stream, compared with the source and moved into place. Everything that is long r
 import hashlib
 import json
 import os
-import shutil
 import time
 import warnings
 from argparse import Namespace
@@ -42,7 +41,7 @@ from conversion.config_map import arguments_from_config, arguments_from_rope
 from conversion.megatron import TRACKER, all_post_norm_names, assemble, config_of, find_iteration, kind_of
 from conversion.megatron_dist import DistFiles, arguments_of_dist, open_dist
 from conversion.megatron_legacy import Layout, RankFiles, arguments_of_legacy, check_layout, open_legacy, stage_layers
-from conversion.ops import Mosaic, Rooms, blocks, cat, filled, is_transposed, same_bits, stored
+from conversion.ops import Mosaic, Rooms, blocks, cat, filled, is_transposed, same_bits, still_there, stored
 from conversion.weight_map import VOCAB, Row, add_absent, hf_to_megatron, megatron_to_hf, rows_of
 from modeling_axk1.configuration_axk1 import AxK1Config
 from modeling_axk1.generation_axk1 import set_thinking_tokens
@@ -266,10 +265,12 @@ class Conversion:
     files: list[OutFile]
     decides: dict[str, Any]  # with the source files, all that decides the output's bytes
     companions: Callable[[Path, Mapping[str, Mapping]], None]  # writes what lies beside the files, once they are there
+    paths: list[Path] = field(init=False)
     sources: list[list] = field(init=False)  # what stands for the source's content as it was planned from
 
     def __post_init__(self):
-        self.sources = identity(self.opened.files())
+        self.paths = self.opened.files()
+        self.sources = identity(self.paths)
 
     def plan(self, workers: int | None = None) -> Plan:
         """What would be written, the memory it takes, and the time that the source's first 64 MB promise."""
@@ -277,8 +278,8 @@ class Conversion:
         tensors = self.opened.tensors.values()
         rate, nbytes = _measured_rate(self.opened), sum(file.nbytes for file in self.files)
         block_bytes = file_block_bytes(tensors)
-        # A transposed tensor is read whole, as it lies in the file and as it should, and compared with another.
-        whole = max((3 * tensor.nbytes for tensor in tensors if is_transposed(tensor)), default=0)
+        # A quarter of a transposed tensor, as it lies in the file and as it should, beside as much of the one compared with it.
+        whole = max((tensor.nbytes for tensor in tensors if is_transposed(tensor)), default=0)
         held = max(Rooms(block_bytes).block_bytes, whole) + FILE_BLOCKS * block_bytes
         memory_bytes = workers * held + BYTES_A_TENSOR * len(tensors)
         return Plan([(file.name, file.nbytes) for file in self.files], memory_bytes, nbytes / rate / workers, rate)
@@ -291,8 +292,8 @@ class Conversion:
         workers: files written at a time; the bytes do not depend on it. verify: read the result back and compare it with the
         source, tensor by tensor.
         check_nan: look for NaN in the source first. A killed conversion goes on where it was when run again, and ends in the same
-        bytes. ValueError says what cannot be converted; OSError if the disk is full: the source is untouched, the same call
-        resumes.
+        bytes. ValueError says what cannot be converted; OSError if the disk is full, or a source file gone: the source is
+        untouched, the same call resumes.
         """
         workers = checked_workers(workers)
         if check_nan:
@@ -325,7 +326,7 @@ class Conversion:
 
     def _require_unchanged(self) -> None:
         """From its opening on: places come from its headers, numbers later from those places."""
-        if identity(self.opened.files()) != self.sources:
+        if identity(self.paths) != self.sources:
             raise ValueError(f"{self.opened.folder} has changed while it was converted; convert it again.")
 
     def _write_manifest(self, job: Job) -> None:
@@ -423,6 +424,7 @@ def to_hf(
 
     # Now, so that a tokenizer that cannot be read is known before hours of writing.
     tokenizer_dir = reading.tokenizer or (opened.folder if opened.kind == "hf" else None)
+    copied = _tokenizer_files(Path(tokenizer_dir)) if tokenizer_dir else []
     generation_config = _generation_config(opened, reading.tokenizer)
 
     def companions(folder: Path, done: Mapping[str, Mapping]) -> None:
@@ -432,12 +434,16 @@ def to_hf(
         config.dtype = opened.tensors[EMBEDDING].dtype
         config.save_pretrained(folder)
         generation_config.save_pretrained(folder)
-        for pattern in TOKENIZER_FILES if tokenizer_dir else ():
-            for path in sorted(Path(tokenizer_dir).glob(pattern)):
-                if path.is_file():
-                    shutil.copyfile(path, folder / path.name)
+        for path in copied:
+            with still_there(path):
+                content = path.read_bytes()
+            (folder / path.name).write_bytes(content)
 
     return Conversion(opened, Path(target), files, _decides("to-hf", opened, shard_bytes), companions)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return [path for pattern in TOKENIZER_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
 def _generation_config(opened: Opened, tokenizer_dir: Path | None) -> GenerationConfig:

@@ -17,7 +17,7 @@ from typing import Any
 from conversion.checkpoint import listed
 from conversion.config_map import argument, check_numbers, config_from_arguments
 from conversion.ops import Mosaic, cat, cat_halves, covers, narrow
-from conversion.torch_file import Inert, plain
+from conversion.torch_file import Inert, plain, shown
 from conversion.weight_map import COLUMNS, HALVES, POST_NORM, POST_NORM_NAMES, REPLICATED, VOCAB, Row, add_absent
 from modeling_axk1.configuration_axk1 import AxK1Config
 
@@ -76,6 +76,15 @@ def arguments_in(namespace: Inert) -> dict[str, Any]:
     args = plain(namespace)
     check_numbers(args)
     return args
+
+
+def said_of(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Version and iteration. ValueError for what is no number: a list that holds itself twice could be compared for ever."""
+    said = {name: state.get(name) for name in ("checkpoint_version", "iteration")}
+    for name, value in said.items():
+        if type(value) not in (int, float, type(None)):
+            raise ValueError(f"{path} says {name}={shown(value)}, which is no number; it is damaged, fetch it again.")
+    return said
 
 
 def layer_types_found(parts: Mapping[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from conversion.checkpoint import HashedFile, OutFile, deal, file_block_bytes
-from conversion.megatron import LAYER, MegatronSource, arguments_in, drop_state
+from conversion.megatron import LAYER, MegatronSource, arguments_in, drop_state, said_of
 from conversion.ops import Mosaic, Tile, cat, filled, narrow, unstack
 from conversion.torch_file import MAX_DIMENSIONS, Inert, is_size, numbers_in, open_pickle, open_torch_file, shown
 from conversion.torch_writer import Frame, frame_of
@@ -54,7 +54,7 @@ def open_dist(folder: Path, post_norm_names: tuple[str, ...], drop_fp8_state: bo
     entries, places = read_metadata(folder)
     common = read_common(folder, places)
     source = MegatronSource(folder, "torch_dist", arguments_in(common["args"]))
-    source.facts = {"checkpoint_version": common.get("checkpoint_version"), "iteration": common.get("iteration")}
+    source.facts = said_of(common, folder)
     skipped = {name for name in entries if SKIPPED.match(name)}
     source.facts["skipped"] = sorted({re.split(r"[./]", name)[0] for name in skipped})
     names = [name for name in entries if name not in skipped]

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from conversion.checkpoint import HashedFile, OutFile, file_block_bytes, listed
 from conversion.config_map import DESCRIBING
-from conversion.megatron import MegatronSource, arguments_in, drop_state, listed_ranks
+from conversion.megatron import MegatronSource, arguments_in, drop_state, listed_ranks, said_of
 from conversion.ops import Mosaic, filled, narrow, reshape, swap, unstack
-from conversion.torch_file import Inert, numbers_in, open_torch_file
+from conversion.torch_file import Inert, numbers_in, open_torch_file, shown
 from conversion.torch_writer import frame_of
 from conversion.weight_map import Row, local_name, modules_with_state, shards_of, te_name
 from modeling_axk1.configuration_axk1 import AxK1Config
@@ -83,7 +83,7 @@ def open_legacy(folder: Path, post_norm_names: tuple[str, ...], drop_fp8_state: 
         check_same_run(path, arguments_in(file["args"]), file, args, first)
     check_ranks(folder, layout, {_rank(layout, numbers) for numbers in files})
     source = MegatronSource(folder, "legacy", args)
-    source.facts = {"checkpoint_version": first.get("checkpoint_version"), "iteration": first.get("iteration")}
+    source.facts = {name: first[name] for name in ("checkpoint_version", "iteration")}
     source.facts["files"] = len(paths)
     skipped = sorted(key for key in first if key in ("optimizer", "opt_param_scheduler", "rng_state"))
     source.facts["skipped"] = [*skipped, *sorted({path.name for path in folder.glob("mp_rank_*/distrib_optim.pt")})]
@@ -117,7 +117,7 @@ def check_same_run(path: Path, args: Mapping, file: Mapping, first_args: Mapping
         "layout": Layout.of(first_args),
         **{name: first_args.get(name) for name in DESCRIBING},
     }
-    differing = [f"{name} ({facts[name]} and {truth[name]})" for name in facts if facts[name] != truth[name]]
+    differing = [f"{name} ({shown(facts[name])} and {shown(truth[name])})" for name in facts if facts[name] != truth[name]]
     if differing:
         raise ValueError(f"{path} is of another checkpoint than the other rank files: {listed(differing)}.")
 
@@ -126,7 +126,7 @@ def _rank_file(path: Path) -> dict[str, Any]:
     file = open_torch_file(path)
     if not isinstance(file, dict) or not isinstance(file.get("args"), Inert):
         raise ValueError(f"{path} holds no Megatron arguments; it is not a model checkpoint of Megatron-LM.")
-    return file
+    return file | said_of(file, path)
 
 
 def rank_files(folder: Path) -> dict[tuple[int, ...], Path]:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 # Read at a time, at most: large enough that system calls cost nothing, small enough for a core's cache.
 MAX_BLOCK_BYTES = 2**20
+# Of a transposed tensor, whose every block lies all over the file: the more blocks, the shorter are the pieces that each reads.
+TRANSPOSED_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +205,14 @@ class Rooms:
         self._free: list[Tensor] = []
 
     @contextmanager
-    def lend(self) -> Iterator[Tensor]:
+    def lend(self, nbytes: int = 0) -> Iterator[Tensor]:
+        """A block's room, or a larger one of `nbytes`, which stays in its place."""
         try:
             memory = self._free.pop()
         except IndexError:
-            memory = room(self.block_bytes)
+            memory = torch.empty(0, dtype=torch.uint8)
+        if len(memory) < max(nbytes, self.block_bytes):
+            memory = room(max(nbytes, self.block_bytes))
         try:
             yield memory
         finally:
@@ -226,7 +231,8 @@ def read(tensor: Mosaic, memory: Tensor | None = None) -> Tensor:
 
 def _around_bytes(tensor: Mosaic) -> int:
     """What the largest part takes that is read as it lies in its file, before it is put in its place."""
-    spans = [tile.span for tile in tensor.tiles if tile.path and not _is_in_place(tile, tensor.shape)]
+    moved = [tile for tile in tensor.tiles if tile.path and not _is_in_place(tile, tensor.shape)]
+    spans = [tile.elements if _lies_across(tile) else tile.span for tile in moved]
     return max(spans, default=0) * tensor.dtype.itemsize
 
 
@@ -238,12 +244,12 @@ def _is_in_place(tile: Tile, whole: tuple[int, ...]) -> bool:
 
 
 def blocks(tensor: Mosaic, rooms: Rooms | None = None) -> Iterator[Tensor]:
-    """The numbers in order, as flat tensors that fill a room at most; of transposed tensors, all at once.
+    """The numbers in order, as flat tensors that fill a room at most; of transposed tensors, a quarter at a time.
 
     All in the same memory: a block is gone when the next one comes.
     """
     rooms = rooms or Rooms()
-    with rooms.lend() as memory:
+    with rooms.lend(_lent_bytes(tensor)) as memory:
         for (part,) in _row_blocks(rooms.block_bytes, tensor):
             yield read(part, memory).flatten()
 
@@ -252,7 +258,8 @@ def same_bits(a: Mosaic, b: Mosaic, rooms: Rooms | None = None) -> bool:
     """Whether two tensors of one shape and dtype hold the same bytes, a block at a time."""
     assert (a.dtype, a.shape) == (b.dtype, b.shape), (a.dtype, a.shape, b.dtype, b.shape)
     rooms = rooms or Rooms()
-    with rooms.lend() as ours, rooms.lend() as theirs:
+    nbytes = _lent_bytes(a, b)
+    with rooms.lend(nbytes) as ours, rooms.lend(nbytes) as theirs:
         pairs = _row_blocks(rooms.block_bytes, a, b)
         return all(torch.equal(_bytes(read(x, ours)), _bytes(read(y, theirs))) for x, y in pairs)
 
@@ -269,9 +276,17 @@ def _row_blocks(block_bytes: int, *tensors: Mosaic) -> Iterator[list[Mosaic]]:
         return
     rows = max(1, block_bytes // max(_row_bytes(each) for each in tensors))
     if any(is_transposed(each) for each in tensors):
-        rows = tensor.shape[0]
+        rows = -(-tensor.shape[0] // TRANSPOSED_BLOCKS)
     for start in range(0, tensor.shape[0], rows):
         yield [narrow(each, 0, start, min(rows, tensor.shape[0] - start)) for each in tensors]
+
+
+def _lent_bytes(*tensors: Mosaic) -> int:
+    """What a block of transposed tensors takes, in its place and as it lies in the file; 0 for others, which fill a room."""
+    tensor = tensors[0]
+    if not tensor.elements or not any(is_transposed(each) for each in tensors):
+        return 0
+    return 2 * -(-tensor.shape[0] // TRANSPOSED_BLOCKS) * (tensor.nbytes // tensor.shape[0])
 
 
 def _row_bytes(tensor: Mosaic) -> int:
@@ -283,6 +298,11 @@ def _row_bytes(tensor: Mosaic) -> int:
 def is_transposed(tensor: Mosaic) -> bool:
     """Whether rows lie across the file: a block of them lies all over it, so that each would read nearly the whole."""
     return any(len(tile.shape) > 1 and tile.strides[0] < tile.strides[-1] for tile in tensor.tiles)
+
+
+def _lies_across(tile: Tile) -> bool:
+    """Whether a part of two dimensions can be read in pieces of its columns, each without a gap."""
+    return len(tile.shape) == 2 and tile.strides[0] == 1 and tile.strides[1] > 1
 
 
 def _box(out: Tensor, tile: Tile) -> Tensor:
@@ -297,6 +317,12 @@ def _read_tile(tile: Tile, out: Tensor, around: Tensor) -> None:
         out.fill_(tile.fill)
         return
     in_place = _is_in_place(tile, out.shape) and out.is_contiguous()
+    if not in_place and tile.elements and _lies_across(tile):
+        pieces, (rows, columns) = around[: tile.elements * out.dtype.itemsize], tile.shape
+        stride, piece_bytes = (count * out.dtype.itemsize for count in (tile.strides[1], rows))
+        read_pieces(tile.path, tile.start, stride, piece_bytes, memoryview(pieces.numpy()), "a tensor")
+        out.copy_(pieces.view(out.dtype).view(columns, rows).t())
+        return
     flat = out.view(-1) if in_place else around[: tile.span * out.dtype.itemsize].view(out.dtype)
     if flat.numel():
         read_exactly(tile.path, tile.start, memoryview(flat.view(torch.uint8).numpy()), "a tensor")
@@ -304,16 +330,33 @@ def _read_tile(tile: Tile, out: Tensor, around: Tensor) -> None:
         out.copy_(flat.as_strided(tile.shape, tile.strides, flat.storage_offset()))
 
 
+@contextmanager
+def still_there(path: Path) -> Iterator[None]:
+    """A source file that was found before: an OSError of it says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror}, but it was there before; put it back as it was and run the same again"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
 def read_exactly(path: Path, start: int, buffer: memoryview, what: str) -> None:
-    """Fill the buffer from byte `start` of a file. ValueError if the file ends inside it.
+    """Fill the buffer from byte `start` of a file. ValueError if the file ends inside it, OSError if it is gone.
 
     A plain read, not a memory map: a map of a file that shrinks meanwhile kills the process, a short read is an error.
     """
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        # Linux hands out at most 2 GiB a call.
-        while len(buffer):
-            count = file.readinto(buffer)
-            if not count:
-                raise ValueError(f"{path} ended inside {what}; it has changed since it was opened.")
-            buffer = buffer[count:]
+    read_pieces(path, start, 0, max(1, len(buffer)), buffer, what)
+
+
+def read_pieces(path: Path, start: int, stride: int, piece_bytes: int, buffer: memoryview, what: str) -> None:
+    """Fill the buffer with pieces of a file, one after the other: the first from byte `start`, each `stride` bytes further."""
+    with still_there(path), path.open("rb", buffering=0) as file:
+        for number, place in enumerate(range(0, len(buffer), piece_bytes)):
+            file.seek(start + number * stride)
+            piece = buffer[place : place + piece_bytes]
+            # Linux hands out at most 2 GiB a call.
+            while len(piece):
+                count = file.readinto(piece)
+                if not count:
+                    raise ValueError(f"{path} ended inside {what}; it has changed since it was opened.")
+                piece = piece[count:]

@@ -255,7 +255,11 @@ def is_size(value: Any) -> bool:
 def shown(value: Any) -> str:
     """What an error says of a value from a pickle: a text, a number or a few of them as they are, else only its kind."""
     entries = value if type(value) in (list, tuple) else (value,)
-    simple = len(entries) <= 32 and all(isinstance(entry, str | int | float | None) for entry in entries)
+    # Python writes no whole number of more than 4,300 digits.
+    simple = len(entries) <= 32 and all(
+        entry is None or isinstance(entry, str | float) or (isinstance(entry, int) and entry.bit_length() < 1000)
+        for entry in entries
+    )
     return repr(value)[:300] if simple else f"a {getattr(value, 'kind', type(value).__name__)}"
 
 

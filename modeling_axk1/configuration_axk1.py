@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -30,6 +30,13 @@ RANGES = {
     "mtp_loss_weight": (0.0, math.inf),
     "initializer_range": (0.0, math.inf),
 }
+
+# Yes or no; None is no.
+FLAGS = "norm_topk_prob post_mlp_norm rope_interleave attention_bias tie_word_embeddings".split()
+# Of `rope_parameters`, where they are there: above 0, and 0 or more. Those of the first line are never None.
+ROPE_ANCHORS = ("rope_theta", "original_max_position_embeddings")
+ROPE_POSITIVE = (*ROPE_ANCHORS, "factor", "beta_fast", "beta_slow", "attention_factor")
+ROPE_NUMBERS = (*ROPE_POSITIVE, "mscale", "mscale_all_dim")
 
 # YaRN of the released 131,072-token context: factor 4 over 32,768.  [released config]
 K1_ROPE = {
@@ -204,7 +211,7 @@ class AxK1Config(PreTrainedConfig):
         # Derived below; a stale value from a file would bend the RoPE.
         kwargs.pop("head_dim", None)
         kwargs.pop("qk_head_dim", None)
-        self.topk_method = self.topk_method or "noaux_tc"
+        self.topk_method = "noaux_tc" if self.topk_method is None else self.topk_method
         if self.topk_method == "greedy":
             # Ungrouped by definition; written 1/1 so that libraries which always group agree.
             self.n_group = self.topk_group = 1
@@ -212,7 +219,7 @@ class AxK1Config(PreTrainedConfig):
         for field, value in {**absent, "num_nextn_predict_layers": 0, "attention_dropout": 0.0}.items():
             if getattr(self, field) is None:
                 setattr(self, field, value)
-        check_fields(self)
+        check_fields(self, kwargs.get("rope_scaling"))
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.head_dim = self.qk_rope_head_dim  # what transformers' RoPE functions read
         if self.mlp_layer_types is None:
@@ -222,6 +229,7 @@ class AxK1Config(PreTrainedConfig):
         check(self)
         self.first_k_dense_replace, self.moe_layer_freq = dense_rule_of(self.mlp_layer_types)
         super().__post_init__(**kwargs)
+        check_rope(self.rope_parameters)
 
     @property
     def has_router_bias(self) -> bool:
@@ -254,8 +262,8 @@ class HubAxK1Config(AxK1Config):
         return AxK1Config.from_dict({**config_dict, "model_type": AxK1Config.model_type}, **kwargs)
 
 
-def check_fields(config: AxK1Config) -> None:
-    """Raise ValueError for a field that is wrong by itself: fact, value, remedy."""
+def check_fields(config: AxK1Config, rope_scaling: Any) -> None:
+    """Raise ValueError for a field that is wrong by itself: fact, value, remedy. `rope_scaling` is an older name of one."""
     for field in SIZES:
         value = getattr(config, field)
         if type(value) is not int or value < 1:
@@ -273,13 +281,40 @@ def check_fields(config: AxK1Config) -> None:
             raise ValueError(f"{name} names more than {MAX_LAYERS:,} layers, more than any model has; correct the config.")
     for field, (low, high) in RANGES.items():
         value = getattr(config, field)
-        if type(value) not in (int, float) or not low <= value <= high:
+        if type(value) not in (int, float) or not low <= value <= high or value == math.inf:
             raise ValueError(f"{field}={value!r} is outside {low:g} to {high:g}; choose a number inside.")
-    if config.hidden_act not in ACT2FN:
+    for field in FLAGS:
+        value = getattr(config, field)
+        if value is not None and type(value) is not bool:
+            raise ValueError(f"{field}={value!r} is neither true nor false; use one of them.")
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, field)
+        if value is not None and not all(type(each) is int for each in (value if type(value) is list else [value])):
+            raise ValueError(f"{field}={value!r} is no token's number; give one, or null.")
+    for rope in (config.rope_parameters, rope_scaling):
+        if rope is not None and not isinstance(rope, dict):
+            raise ValueError(f"rope_parameters={rope!r} is a {type(rope).__name__}; give the fields of a RoPE, or null.")
+    if type(config.hidden_act) is not str or config.hidden_act not in ACT2FN:
         raise ValueError(f"hidden_act={config.hidden_act!r} is no activation of transformers; the release has 'silu'.")
     freq = config.moe_layer_freq
     if not (freq is None or type(freq) is int and freq > 0 or type(freq) is list and set(freq) <= {0, 1}):
         raise ValueError(f"moe_layer_freq={freq!r} is no rule; use a number or a list of 0 and 1, 1 for all layers.")
+
+
+def check_rope(rope: dict[str, Any]) -> None:
+    """Raise ValueError for a value of RoPE's that is none: transformers would warn, or not even that."""
+    kind, truncate = rope["rope_type"], rope.get("truncate", True)
+    if type(kind) is not str or kind not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise ValueError(f"rope_type={kind!r} is none of transformers'; use 'default', or 'yarn' as the release.")
+    if type(truncate) is not bool:
+        raise ValueError(f"rope_parameters has truncate={truncate!r}, neither true nor false; use one of them.")
+    for name in ROPE_NUMBERS:
+        value, positive = rope.get(name), name in ROPE_POSITIVE
+        if name not in rope or (value is None and name not in ROPE_ANCHORS):
+            continue
+        if type(value) not in (int, float) or not (0 < value if positive else 0 <= value) or value == math.inf:
+            kind = "a number above 0" if positive else "a number of 0 or more"
+            raise ValueError(f"rope_parameters has {name}={value!r}, not {kind}; give the one that was trained with.")
 
 
 def layer_types_of(layers: int, first_dense: int | None, freq: int | list[int] | None) -> list[str]:
@@ -328,12 +363,14 @@ def check(config: AxK1Config) -> None:
         )
     if config.qk_rope_head_dim % 2:
         raise ValueError(f"qk_rope_head_dim={config.qk_rope_head_dim} is odd but RoPE rotates pairs; use an even size.")
+    if not isinstance(config.mlp_layer_types, list | tuple):
+        raise ValueError(f"mlp_layer_types={config.mlp_layer_types!r} is no list; name each layer 'dense' or 'sparse'.")
     if len(config.mlp_layer_types) != config.num_hidden_layers:
         raise ValueError(
             f"mlp_layer_types (or the list moe_layer_freq) names {len(config.mlp_layer_types)} layers but "
             f"num_hidden_layers={config.num_hidden_layers}; make them equal."
         )
-    unknown = sorted(set(config.mlp_layer_types) - {"dense", "sparse"})
+    unknown = sorted({str(kind) for kind in config.mlp_layer_types} - {"dense", "sparse"})
     if unknown:
         raise ValueError(f"mlp_layer_types holds {unknown}; use 'dense' and 'sparse' only.")
 

@@ -1,14 +1,17 @@
 """Do Megatron's arguments and the config say the same model, and is each setting that A.X K1 lacks refused?"""
 
 import math
+import re
 
 import pytest
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from conversion.config_map import (
+    NUMBERS,
     REFUSED,
     REQUIRED,
     arguments_from_config,
+    arguments_from_rope,
     check_numbers,
     config_from_arguments,
     layer_types_said,
@@ -17,6 +20,9 @@ from conversion.config_map import (
 )
 from modeling_axk1 import AxK1Config
 from tests.random_models import YARN, random_config
+
+# Python prints no whole number of more digits than 4,300.
+DIGITS = 10**5000
 
 
 def found(config):
@@ -93,6 +99,7 @@ def test_settings_that_are_not_axk1s_are_refused_by_name(name):
         "softmax_type": "learnable",
         "glu_linear_offset": 1.0,
         "no_rope_freq": 4,
+        "untie_embeddings_and_output_weights": "yes",
     }
     config = AxK1Config.preset("nano")
     right = (REQUIRED | REFUSED)[name][0]
@@ -171,14 +178,63 @@ def test_the_choice_without_a_bias():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("num_experts", "%9999999999d"), ("make_vocab_size_divisible_by", [0]), ("hidden_size", 2**80), ("beta_fast", {})],
+    "value", ["x", "8", True, [], {}, 1j, math.nan, math.inf, -1, 2**80, DIGITS], ids=lambda value: type(value).__name__
 )
-def test_what_is_reckoned_with_is_a_number(name, value):
-    """`"%9999999999d" % 8` is a text of ten gigabytes, `[0] * 10**10` a list of eighty."""
-    with pytest.raises(ValueError, match=f"argument {name} is a {type(value).__name__} that no model has"):
-        check_numbers({"num_layers": 4, name: value})
-    check_numbers({"num_layers": 4, "vocab_size": None, "rotary_base": 10000.0})
+def test_what_is_reckoned_with_is_a_number(value):
+    """`"%9999999999d" % 8` is a text of ten gigabytes, `[0] * 10**10` a list of eighty; a negative number is no model's."""
+    shown = "a .*" if isinstance(value, dict | complex) or value is DIGITS else re.escape(repr(value))
+    for name in NUMBERS:
+        with pytest.raises(
+            ValueError, match=f"argument {name}={shown} is not a .*number .*; the arguments are damaged"
+        ):
+            check_numbers({name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("num_layers", 61, 0),
+        ("num_layers", 61, 2.5),
+        ("tensor_model_parallel_size", 8, 0),
+        ("mtp_num_layers", 0, 0.0),
+        ("moe_router_group_topk", 0, 4.0),
+        ("rotary_base", 10000.0, 0),
+        ("original_max_position_embeddings", 4096.0, 0.0),
+        ("mscale_all_dim", 0.0, -0.5),
+        ("layernorm_epsilon", 0, -1e-5),
+    ],
+)
+def test_the_kinds_of_numbers(name, right, wrong):
+    check_numbers({name: right} | dict.fromkeys(NUMBERS.keys() - {name}))
+    with pytest.raises(ValueError, match=f"{name}={wrong} is not"):
+        check_numbers({name: wrong})
+
+
+@pytest.mark.parametrize("freq", [0, -1, True, 2.5, {}, [0, 2], [0, "1"], [0, True]], ids=str)
+def test_a_layer_frequency_is_a_rule(freq):
+    with pytest.raises(ValueError, match="neither a number nor a list of 0 and 1; correct the arguments"):
+        layer_types_said({"num_layers": 2, "moe_layer_freq": freq})
+
+
+def test_groups_of_which_none_are_chosen_are_none():
+    """Megatron's router looks at moe_router_group_topk alone.  [megatron-core 0.16.1, topk_routing_with_score_function]"""
+    for top_groups in (None, 0):
+        assert (
+            read_back(AxK1Config.preset("nano"), moe_router_num_groups=4, moe_router_group_topk=top_groups).n_group == 1
+        )
+
+
+def test_what_json_leaves_out_is_transformers_default():
+    """YaRN with nulls is YaRN without these fields; its factor has to be there, and 1 is plain RoPE."""
+    nulls = dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"))
+    bare = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    assert arguments_from_rope(bare | nulls) == arguments_from_rope(bare)
+    assert rope_from_arguments(arguments_from_rope(bare | {"factor": 1.0}))["rope_type"] == "default"
+    for factor in (None, 0.5):
+        with pytest.raises(ValueError, match=f"factor={factor} is none of Megatron's; use the one trained with"):
+            arguments_from_rope(bare | {"factor": factor})
+    with pytest.raises(ValueError, match="rotary_scaling_factor=0.5 with rope_type='yarn' shortens the context"):
+        rope_from_arguments({"rotary_scaling_factor": 0.5})
 
 
 def test_a_layer_list_is_of_reasonable_length():

@@ -374,6 +374,41 @@ def test_a_source_that_is_cut_short_is_not_published(tmp_path, monkeypatch):
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_source_file_that_is_removed_meanwhile_is_named_and_put_back(tmp_path, monkeypatch, name, workers):
+    source = saved_model(tmp_path / "source")
+    train_tokenizer(["1 2 3"], vocab_size=280).save_pretrained(source)
+    options = {"shard_bytes": 150_000, "workers": workers, "progress": False}
+    truth = contents(convert_to_hf(source, tmp_path / "truth", **options).path)
+    real, aside, opened = HashedFile.__enter__, tmp_path / "aside", []
+
+    def remove_and_enter(self):
+        opened.append(self.path)
+        if len(opened) == 5:
+            (source / name).rename(aside)
+        return real(self)
+
+    said = (
+        f"No such file or directory, but it was there before; put it back .* and run the same again: '{source / name}'"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(HashedFile, "__enter__", remove_and_enter)
+        with pytest.raises(FileNotFoundError, match=said):
+            convert_to_hf(source, tmp_path / "hf", **options)
+    assert not (tmp_path / "hf").exists() and (tmp_path / "hf.partial.jsonl").exists()
+    aside.rename(source / name)
+    assert contents(convert_to_hf(source, tmp_path / "hf", **options).path) == truth
+
+
+def test_a_source_file_that_is_removed_between_plan_and_run(tmp_path):
+    conversion = to_hf(saved_model(tmp_path / "source"), tmp_path / "hf")
+    (tmp_path / "source" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="it was there before; put it back"):
+        conversion.run(progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 @pytest.mark.parametrize("place", ["/proc/out", "/dev/null/out"])
 def test_a_place_that_takes_no_folder_is_one_sentence(place):
     with pytest.raises(OSError, match=f"nothing can be written there, choose another place: '{place}'"):

@@ -346,7 +346,7 @@ def test_ranks_that_do_not_belong_are_named(copied, name, complaint):
 def test_a_number_of_ranks_is_one(copied, size):
     for path in copied.glob("*/model_optim_rng.pt"):
         edit(path, lambda file: setattr(file["args"], "tensor_model_parallel_size", size))
-    with pytest.raises(ValueError, match="is not a number of ranks"):
+    with pytest.raises(ValueError, match="is not a (number of ranks|whole number above 0)"):
         open_it(copied)
 
 
@@ -388,3 +388,15 @@ def test_layouts_that_cannot_be(layout, complaint):
         check_layout(layout, AxK1Config.preset("nano"))
     with pytest.raises(ValueError, match="5 layers do not split over PP=2"):
         stage_layers(5, Layout(pp=2), None, None)
+
+
+@pytest.mark.parametrize("name", ["iteration", "checkpoint_version"])
+def test_what_is_compared_and_printed_is_a_number(copied, name):
+    """A list that holds itself twice, as it was one level below: two of forty levels are compared for ever, or printed."""
+    value = "x"
+    for _ in range(40):
+        value = [value, value]
+    for path in copied.glob("*/model_optim_rng.pt"):
+        edit(path, lambda file: file.update({name: value}))
+    with pytest.raises(ValueError, match=f"says {name}=a list, which is no number; it is damaged"):
+        open_it(copied)

@@ -18,6 +18,7 @@ from conversion.ops import (
     narrow,
     read,
     reshape,
+    room,
     same_bits,
     split,
     split_halves,
@@ -158,3 +159,15 @@ def test_a_file_that_shrinks_is_an_error(on_disk):
     mosaic.tiles[0].path.write_bytes(b"short")
     with pytest.raises(ValueError, match="it has changed since it was opened"):
         read(mosaic)
+
+
+def test_a_transposed_tensor_is_read_by_half_of_itself(on_disk, monkeypatch):
+    """GroupedMLP's experts: a quarter of one at a time, as it lies in the file and as it should, in memory asked for once."""
+    matrix, mosaic = on_disk(96, 42)
+    gate = narrow(swap(mosaic), 0, 0, 21)
+    sizes, rooms = [], Rooms(64)
+    monkeypatch.setattr("conversion.ops.room", lambda nbytes: sizes.append(nbytes) or room(nbytes))
+    for _ in range(2):
+        assert torch.cat([block.clone() for block in blocks(gate, rooms)]).equal(matrix[:, :21].t().flatten())
+    assert sizes == [2 * 6 * 96 * 4]
+    assert same_bits(gate, gate, rooms) and len(sizes) == 2 and max(sizes) == sizes[0]

@@ -247,13 +247,53 @@ NESTED = b")q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(80))
         (b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n" + NESTED + b"K\x00K\x01tQ.", "refers to a tuple"),
         (NESTED + b"Q.", "refers to a tuple"),
         (b"ctorch._tensor\n_rebuild_from_type_v2\n(" + NESTED + b"K\x01)K\x01tR.", "is to be rebuilt by a tuple"),
+        # The second key of several.
+        (b"}(NN" + NESTED + b"Nu.", "a tuple is part of a dict's key"),
+        (b"(NN" + NESTED + b"Nd.", "a tuple is part of a dict's key"),
+        (b"\x8f(N" + NESTED + b"\x90.", "a tuple is part of a dict's key"),
+        (b"(N" + NESTED + b"\x91.", "a tuple is part of a dict's key"),
+        # One more part than a key may have, and one more bit.
+        (b"}(" + b"N" * 64 + b"tNs.", "a tuple is part of a dict's key"),
+        (b"}\x8a\x09" + b"\x00" * 8 + b"\x01Ns.", "a int is part of a dict's key"),
         (b"\x96" + (2**34).to_bytes(8, "little") + b".", "asks for room for a bytearray"),
     ],
-    ids="setitem setitems dict slice int attribute additems frozenset ordered storage id rebuilt bytearray".split(),
+    ids=(
+        "setitem setitems dict slice int attribute additems frozenset ordered storage id rebuilt setitems-2 dict-2 additems-2 "
+        "frozenset-2 parts bits bytearray"
+    ).split(),
 )
 def test_a_hundred_bytes_cannot_ask_for_a_lifetime(tmp_path, content, complaint):
     with pytest.raises(ValueError, match=complaint):
         unpickle(io.BytesIO(b"\x80\x05" + content), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "a",
+        2**64 - 1,
+        -1,
+        0.5,
+        None,
+        True,
+        torch.bfloat16,
+        (None,) * 63,
+        ((torch.bfloat16, torch.float32), ("a", 1)),
+    ],
+    ids=lambda key: str(key)[:30],
+)
+def test_every_key_of_a_checkpoint_is_one(tmp_path, key):
+    """Buckets of optimizers are found by two dtypes, whatever else by anything plain."""
+    assert open_torch_file(saved(tmp_path, {key: 1, "other": 2})) == {key: 1, "other": 2}
+
+
+def test_stand_ins_are_keys(tmp_path):
+    """An instance, as .metadata has them, and a class."""
+    found = unpickle(io.BytesIO(b"}(cargparse\nNamespace\n)\x81K\x01csignal\nSignals\nK\x02u."), tmp_path)
+    instance, kind = found
+    assert isinstance(instance, Inert) and issubclass(kind, Inert) and [*found.values()] == [1, 2]
+    # Of torch.save's own protocol, bytes are one too.
+    assert unpickle(io.BytesIO(b"(N]C\x01aKkd."), tmp_path) == {None: [], b"a": 107}
 
 
 def test_sets_are_stand_ins(tmp_path):

@@ -1,6 +1,7 @@
 """Does the configuration hold the released numbers, read what is in the wild and write what others need?"""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers.models.axk1.configuration_axk1 import AXK1Config
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM, count_parameters
 from modeling_axk1.configuration_axk1 import compatibility_warnings
-from tests.random_models import random_config
+from tests.random_models import YARN, random_config
 
 WRITTEN = (
     "topk_method scoring_func first_k_dense_replace moe_layer_freq mlp_layer_types num_nextn_predict_layers n_group topk_group"
@@ -153,9 +154,34 @@ def test_k1_yarn_scales_cos_and_sin_but_not_the_softmax():
         ({"routed_scaling_factor": "2.5"}, "outside 0 to inf"),
         ({"hidden_act": "swiglu"}, "no activation of transformers"),
         ({"moe_layer_freq": [0, 1]}, "names 2 layers but num_hidden_layers=61"),
+        ({"mlp_layer_types": 5}, "mlp_layer_types=5 is no list"),
+        ({"mlp_layer_types": [["dense"]] * 61}, "use 'dense' and 'sparse' only"),
+        ({"topk_method": []}, "noaux_tc, group_limited_greedy, greedy"),
+        ({"hidden_act": ["silu"]}, "no activation of transformers"),
+        ({"routed_scaling_factor": math.inf}, "outside 0 to inf"),
+        ({"attention_bias": "false"}, "attention_bias='false' is neither true nor false"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings=0 is neither true nor false"),
+        ({"eos_token_id": [1, "2"]}, r"eos_token_id=\[1, '2'\] is no token's number"),
+        ({"bos_token_id": 2.5}, "bos_token_id=2.5 is no token's number"),
+        ({"rope_parameters": 5}, "rope_parameters=5 is a int"),
+        ({"rope_scaling": "yarn"}, "rope_parameters='yarn' is a str"),
+        ({"rope_theta": "x"}, "has rope_theta='x', not a number above 0"),
+        (YARN | {"rope_type": "yarns"}, "rope_type='yarns' is none of transformers'"),
+        (YARN | {"rope_type": ["yarn"]}, r"rope_type=\['yarn'\] is none of transformers'"),
+        (YARN | {"truncate": None}, "truncate=None, neither true nor false"),
+        (YARN | {"factor": "x"}, "has factor='x', not a number above 0"),
+        (YARN | {"factor": True}, "has factor=True, not a number above 0"),
+        (YARN | {"factor": -4.0}, "has factor=-4.0, not a number above 0"),
+        (YARN | {"original_max_position_embeddings": None}, "has original_max_position_embeddings=None, not a number"),
+        (YARN | {"beta_fast": math.nan}, "has beta_fast=nan, not a number above 0"),
+        (YARN | {"beta_slow": 0}, "has beta_slow=0, not a number above 0"),
+        (YARN | {"attention_factor": math.inf}, "has attention_factor=inf, not a number above 0"),
+        (YARN | {"mscale": -0.1}, "has mscale=-0.1, not a number of 0 or more"),
+        (YARN | {"mscale_all_dim": [1]}, r"has mscale_all_dim=\[1\], not a number of 0 or more"),
     ],
 )
 def test_bad_values_are_refused_in_one_sentence(fields, message):
+    fields = {"rope_parameters": fields} if "rope_type" in fields else fields
     with pytest.raises(ValueError, match=message) as error:
         AxK1Config(**fields)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
