@@ -288,7 +288,7 @@ def _layer_list(text: str) -> int | list[int]:
     try:
         # Python's own parser falls over a text that nests deeply enough.
         return value(ast.parse(text.strip() if len(text) <= 4096 else "", mode="eval"))
-    except (SyntaxError, TypeError) as error:
+    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"moe_layer_freq={text[:80]!r} is neither a number nor a list of 0 and 1; correct the arguments."
         ) from error

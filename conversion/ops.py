@@ -332,10 +332,10 @@ def _read_tile(tile: Tile, out: Tensor, around: Tensor) -> None:
 
 @contextmanager
 def still_there(path: Path) -> Iterator[None]:
-    """A source file that was found before: an OSError of it says what to do."""
+    """A source file that was found before: that it is gone says what to do."""
     try:
         yield
-    except OSError as error:
+    except FileNotFoundError as error:
         reason = f"{error.strerror}, but it was there before; put it back as it was and run the same again"
         raise OSError(error.errno, reason, str(path)) from error
 

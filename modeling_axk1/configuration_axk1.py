@@ -2,6 +2,7 @@
 
 import copy
 import math
+from numbers import Integral
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -33,7 +34,7 @@ RANGES = {
 
 # Yes or no; None is no.
 FLAGS = "norm_topk_prob post_mlp_norm rope_interleave attention_bias tie_word_embeddings".split()
-# Of `rope_parameters`, where they are there: above 0, and 0 or more. Those of the first line are never None.
+# Of `rope_parameters`, where they are there: above 0, and 0 or more. The first is never None, the second where it is read.
 ROPE_ANCHORS = ("rope_theta", "original_max_position_embeddings")
 ROPE_POSITIVE = (*ROPE_ANCHORS, "factor", "beta_fast", "beta_slow", "attention_factor")
 ROPE_NUMBERS = (*ROPE_POSITIVE, "mscale", "mscale_all_dim")
@@ -289,15 +290,16 @@ def check_fields(config: AxK1Config, rope_scaling: Any) -> None:
             raise ValueError(f"{field}={value!r} is neither true nor false; use one of them.")
     for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(config, field)
-        if value is not None and not all(type(each) is int for each in (value if type(value) is list else [value])):
+        each = value if isinstance(value, list | tuple) else [value]
+        if value is not None and not all(isinstance(number, Integral) and type(number) is not bool for number in each):
             raise ValueError(f"{field}={value!r} is no token's number; give one, or null.")
-    for rope in (config.rope_parameters, rope_scaling):
+    for name, rope in {"rope_parameters": config.rope_parameters, "rope_scaling": rope_scaling}.items():
         if rope is not None and not isinstance(rope, dict):
-            raise ValueError(f"rope_parameters={rope!r} is a {type(rope).__name__}; give the fields of a RoPE, or null.")
+            raise ValueError(f"{name}={rope!r} has no fields; give those of a RoPE, or null.")
     if type(config.hidden_act) is not str or config.hidden_act not in ACT2FN:
         raise ValueError(f"hidden_act={config.hidden_act!r} is no activation of transformers; the release has 'silu'.")
     freq = config.moe_layer_freq
-    if not (freq is None or type(freq) is int and freq > 0 or type(freq) is list and set(freq) <= {0, 1}):
+    if not (freq is None or type(freq) is int and freq > 0 or type(freq) is list and all(flag in (0, 1) for flag in freq)):
         raise ValueError(f"moe_layer_freq={freq!r} is no rule; use a number or a list of 0 and 1, 1 for all layers.")
 
 
@@ -306,11 +308,12 @@ def check_rope(rope: dict[str, Any]) -> None:
     kind, truncate = rope["rope_type"], rope.get("truncate", True)
     if type(kind) is not str or kind not in ("default", *ROPE_INIT_FUNCTIONS):
         raise ValueError(f"rope_type={kind!r} is none of transformers'; use 'default', or 'yarn' as the release.")
-    if type(truncate) is not bool:
+    if truncate is not None and type(truncate) is not bool:
         raise ValueError(f"rope_parameters has truncate={truncate!r}, neither true nor false; use one of them.")
+    needed = ROPE_ANCHORS if kind in ("yarn", "longrope", "llama3") else ROPE_ANCHORS[:1]
     for name in ROPE_NUMBERS:
         value, positive = rope.get(name), name in ROPE_POSITIVE
-        if name not in rope or (value is None and name not in ROPE_ANCHORS):
+        if name not in rope or (value is None and name not in needed):
             continue
         if type(value) not in (int, float) or not (0 < value if positive else 0 <= value) or value == math.inf:
             kind = "a number above 0" if positive else "a number of 0 or more"

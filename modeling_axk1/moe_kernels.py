@@ -120,8 +120,10 @@ def tiles_for(capability: tuple[int, int] | None, dtype: torch.dtype, tokens: in
     if rows < SMALL_BATCH or (rows == SMALL_BATCH and rows not in choices):
         up, down = (tile._replace(rows=rows) for tile in small)
         return Tiles(up, down, down, choices[max(choices)].outer)
-    # What the tiles of an average expert read a step, beside 256 columns; an empty row costs what a full one does.
-    return choices[min(choices, key=lambda rows: math.ceil(rows_an_expert / rows) * (rows + 256))]
+    # What an expert's tiles read a step, beside 256 columns; an empty row costs what a full one does. A standard deviation above
+    # the average, for half the experts have more rows than that and would need another tile.
+    held = rows_an_expert + math.sqrt(rows_an_expert)
+    return choices[min(choices, key=lambda rows: math.ceil(held / rows) * (rows + 256))]
 
 
 @jit

@@ -401,6 +401,8 @@ def _alone_in(out: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"{out} is being written by another process; wait for it or stop it.") from error
+        except OSError as error:
+            raise ValueError(f"{out} cannot be locked ({error.strerror}); put `out` on a file system with locks.") from error
         yield
 
 

@@ -105,7 +105,7 @@ def gsm8k_row(example: dict) -> dict:
 def gsm8k_rows(examples: Iterable[dict]) -> list[dict]:
     """`gsm8k_row` of each; those that are none are left out and warned about with their numbers. ValueError if all are."""
     rows, bad = [], {}
-    for number, example in enumerate(examples):
+    for number, example in enumerate(examples, 1):
         try:
             rows.append(gsm8k_row(example))
         except ValueError as error:

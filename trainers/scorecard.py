@@ -141,18 +141,23 @@ def expand_tasks(tasks: Sequence[str]) -> list[str]:
 
 
 def keep_settings(out: Path, settings: EvalSettings) -> None:
-    """Numbers of different settings must not mix in one folder, nor those of weights that were trained on since."""
+    """Numbers of different settings must not mix in one folder, nor a local model's with those of its safetensors of before.
+
+    A file is another if its size or time is; a Hub model's revision is not looked at.
+    """
     out.mkdir(parents=True, exist_ok=True)
     facts = [(path.name, path.stat()) for path in sorted(Path(settings.model).glob("*.safetensors"))]
     weights = [[name, fact.st_size, fact.st_mtime_ns] for name, fact in facts]
-    path, now = out / "settings.json", json.dumps({**asdict(settings), "weights": weights}, indent=1)
+    path, now = out / "settings.json", {**asdict(settings), "weights": weights}
     # A command that was refused may leave the file, but no numbers.
     has_numbers = any(True for mode in MODES for _ in out.glob(f"*.{mode}.json"))
-    if has_numbers and path.exists() and path.read_text() != now:
+    before = json.loads(path.read_text()) if has_numbers and path.exists() else now
+    # A folder of an earlier version says nothing of the weights.
+    if {"weights": weights, **before} != json.loads(json.dumps(now)):
         raise ValueError(
             f"{out} holds numbers of other settings or weights ({path}); choose another --out or delete the folder."
         )
-    write_whole(path, now)
+    write_whole(path, json.dumps(now, indent=1))
 
 
 def write_whole(path: Path, text: str) -> None:

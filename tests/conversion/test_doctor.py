@@ -116,7 +116,7 @@ FAULTS = {
     "yarn's null": (edit_config(rope_parameters=YARN | {"factor": None}), "error", VLLM, "factor None is no number", CLEAN),
     "yarn's text": (
         edit_config(rope_parameters=YARN | {"original_max_position_embeddings": "16"}),
-        "error", ALL, "original_max_position_embeddings '16' is no number", REFUSED,
+        "error", ALL, "original_max_position_embeddings='16', not a number above 0", REFUSED,
     ),
     "rope a text": (edit_config(rope_parameters="yarn"), "error", ALL, "describes no model", REFUSED),
     "dtype a list": (edit_config(dtype=["x"]), "error", ALL, "describes no model", REFUSED),

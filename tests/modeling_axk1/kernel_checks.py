@@ -66,7 +66,7 @@ def check_half_precision(device: str, dtype: torch.dtype, tokens: int, **sizes: 
 
 def check_tiles_of_gpus(device: str) -> None:
     """The tiles that GPUs get, in the interpreter: even sizes, so that nothing is masked but the rows."""
-    inputs = problem(70, 3, 2, "foreign", hidden=256, width=256)
+    inputs = problem(70, 3, 2, "foreign", hidden=256, width=128)
     with mock.patch.object(moe_dispatch, "missing_for_kernels", lambda device: "the oracle is the CPU loop"):
         expected = outputs_and_gradients(run_experts, inputs)
     for tiles in (*moe_kernels.HOPPER.values(), *moe_kernels.AMPERE.values()):

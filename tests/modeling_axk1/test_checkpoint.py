@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM, AxK1ForSequenceClassification, AxK1Model, set_thinking_tokens
 from tests.random_models import ours, padded_ids, random_config
+from tests.ranks import run_on_ranks
 from trainers.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -351,36 +352,21 @@ def test_folder_works_as_hub_remote_code(tmp_path):
         assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), generated)
 
 
-DDP = """
-import os, sys
-sys.path.insert(0, {root!r})
-import torch
-import torch.distributed as dist
-torch.set_num_threads(1)
-from tests.random_models import ours, random_config
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-model = ours(random_config(3, first_k_dense_replace=1)).train()
-wrapped = torch.nn.parallel.DistributedDataParallel(model)
-optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
-for step in range(2):
-    ids = torch.randint(0, 67, (4, 9), generator=torch.Generator().manual_seed(step))
-    mine = ids[2 * rank : 2 * rank + 2]
-    optimizer.zero_grad()
-    wrapped(mine, labels=mine).loss.backward()
-    optimizer.step()
-if rank == 0:
-    torch.save(model.state_dict(), {out!r})
-dist.destroy_process_group()
-"""
+def ddp_steps():
+    model = ours(random_config(3, first_k_dense_replace=1)).train()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    for step in range(2):
+        ids = torch.randint(0, 67, (4, 9), generator=torch.Generator().manual_seed(step))
+        mine = ids.chunk(2)[torch.distributed.get_rank()]
+        optimizer.zero_grad()
+        wrapped(mine, labels=mine).loss.backward()
+        optimizer.step()
+    return model.state_dict()
 
 
 def test_two_process_ddp_steps_equal_one_process(tmp_path):
-    out = tmp_path / "ddp.pt"
-    (tmp_path / "step.py").write_text(DDP.format(root=str(ROOT), out=str(out)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "step.py"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
-    assert run.returncode == 0, run.stderr
+    first, _ = run_on_ranks(2, tmp_path, ddp_steps)
     model = ours(random_config(3, first_k_dense_replace=1)).train()
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
     for step in range(2):
@@ -388,5 +374,5 @@ def test_two_process_ddp_steps_equal_one_process(tmp_path):
         optimizer.zero_grad()
         sum(model(half, labels=half).loss / 2 for half in ids.chunk(2)).backward()
         optimizer.step()
-    for name, tensor in torch.load(out).items():
+    for name, tensor in first.items():
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)

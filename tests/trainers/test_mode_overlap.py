@@ -189,7 +189,7 @@ def test_gsm8k_lines_without_their_mark_are_left_out_and_counted(tmp_path):
     path = tmp_path / "gsm8k.jsonl"
     answers = ["#### 1", "one", None, "two\n#### 2"]
     path.write_text("".join(json.dumps({"question": f"q{n}", "answer": a}) + "\n" for n, a in enumerate(answers)))
-    with pytest.warns(UserWarning, match=r"Left out: 2 of 4 rows, which are no question .* \(rows 1, 2\)"):
+    with pytest.warns(UserWarning, match=r"Left out: 2 of 4 rows, which are no question .* \(rows 2, 3\)"):
         rows = load_mode_overlap(path)
     assert [row["prompt"][0]["content"] for row in rows] == ["q0", "q0", "q3", "q3"]
     path.write_text(json.dumps({"question": "q", "answer": "one"}))

@@ -19,6 +19,7 @@ from trainers.tasks import draw_reasoning_gym, read_jsonl_task, same_answer
         ("$1,234.50", "1234.5", True),
         ("minus -3", "-3", True),
         ("3", "-3", False),
+        ("정답은-5", "-5", True),
         ("3-5", "5", True),
         ("3-5", "-5", False),
         ("from 10%-20%", "20", True),
