@@ -12,8 +12,8 @@ from pathlib import Path
 
 # What names a reasoning-gym family among tasks.
 GYM = "reasoning-gym:"
-# A minus behind a number, a Latin letter or a bracket is no sign: 3-5 ends in 5, where lm-evaluation-harness's lenient filter says
-# -5. Behind Hangul it is one, as nothing stands between a word and its number there.
+# A minus behind a number, a Latin letter or a bracket is no sign: 3-5 ends in 5, where lm-evaluation-harness's lenient filter
+# says -5. Behind Hangul it is one, as nothing stands between a word and its number there.
 NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)\]}%])-)?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
 
 
