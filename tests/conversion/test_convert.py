@@ -587,7 +587,7 @@ def end_of_child(action):
     ("arguments", "kills"), [({}, 12), ({"format": "torch_dist"}, 9), ({"format": "legacy", "pp": 2, "tp": 2}, 9)], ids=str
 )
 def test_killed_at_thirty_random_points_it_ends_in_the_same_bytes(tmp_path, monkeypatch, arguments, kills):
-    """Thirty in all. By SIGKILL, in the middle of a write, before a flush, a rename, a line of the journal: nothing is cleaned up then."""
+    """By SIGKILL, in the middle of a write, before a flush, a rename, a line of the journal: nothing is cleaned up then."""
     convert = convert_to_megatron if arguments else convert_to_hf
     options = {"progress": False, "shard_bytes": 150_000, **arguments}
     calls = [(os, "fsync"), (Path, "rename"), (Path, "unlink"), (Path, "write_text"), (HashedFile, "write")]
