@@ -322,6 +322,13 @@ def own_rows(first, end, skipped, ROWS: tl.constexpr):
 
 
 @jit
+def gathered_rows(x_TH, pair_P, first, end, skipped, top_k, hidden, ROWS: tl.constexpr):
+    """`own_rows`, and where their tokens' rows begin."""
+    row, live = own_rows(first, end, skipped, ROWS)
+    return row, live, x_TH + (tl.load(pair_P + row) // top_k).to(tl.int64) * hidden
+
+
+@jit
 def in_bounds(column, columns, EVEN: tl.constexpr):
     """Columns past the end repeat the first. Even sizes skip that: it would hide from the compiler that columns are adjacent."""
     if EVEN:
@@ -415,12 +422,10 @@ def up(
         column = in_bounds(n * COLUMNS + tl.where(both < COLUMNS, both, both - COLUMNS), width, EVEN)
         weight = weight_E2IH + expert.to(tl.int64) * 2 * width * hidden
         w_columns = weight + (column + tl.where(both < COLUMNS, 0, width)) * hidden
-        row, live = own_rows(first, end, 0, ROWS)
-        x_rows = x_TH + (tl.load(pair_P + row) // top_k).to(tl.int64) * hidden
+        row, live, x_rows = gathered_rows(x_TH, pair_P, first, end, 0, top_k, hidden, ROWS)
         more_row, more_live, more_x_rows = row, live, x_rows
         if MORE:
-            more_row, more_live = own_rows(first, end, ROWS, MORE)
-            more_x_rows = x_TH + (tl.load(pair_P + more_row) // top_k).to(tl.int64) * hidden
+            more_row, more_live, more_x_rows = gathered_rows(x_TH, pair_P, first, end, ROWS, top_k, hidden, MORE)
         acc, more_acc = products(
             x_rows, more_x_rows, w_columns, 1, hidden, ROWS, MORE, 2 * COLUMNS, DEPTH, EVEN, PRECISION
         )
@@ -562,12 +567,10 @@ def act_backward(
     if expert >= 0:
         column = n * COLUMNS + tl.arange(0, COLUMNS)
         b = weight_EHI + expert.to(tl.int64) * hidden * width + in_bounds(column, width, EVEN)
-        row, live = own_rows(first, end, 0, ROWS)
-        grad_rows = grad_TH + (tl.load(pair_P + row) // top_k).to(tl.int64) * hidden
+        row, live, grad_rows = gathered_rows(grad_TH, pair_P, first, end, 0, top_k, hidden, ROWS)
         more_row, more_live, more_grad_rows = row, live, grad_rows
         if MORE:
-            more_row, more_live = own_rows(first, end, ROWS, MORE)
-            more_grad_rows = grad_TH + (tl.load(pair_P + more_row) // top_k).to(tl.int64) * hidden
+            more_row, more_live, more_grad_rows = gathered_rows(grad_TH, pair_P, first, end, ROWS, top_k, hidden, MORE)
         grad, more_grad = products(
             grad_rows, more_grad_rows, b, width, hidden, ROWS, MORE, COLUMNS, DEPTH, EVEN, PRECISION
         )
