@@ -4,6 +4,7 @@
   python benchmarks/moe_dispatch.py --paper     # the prediction, bytes and FLOPs of every kernel
   python benchmarks/moe_dispatch.py --record    # appends to results.csv
   python benchmarks/moe_dispatch.py --tune      # times other tiles, for the tables of moe_kernels.py
+  python benchmarks/moe_dispatch.py --profile   # milliseconds of each kernel in a training step
 
 bf16, K1's and Light's shapes. Every candidate is compared with the eager loop before it is timed. The limits are measured in
 the same run: copying memory, and one large matmul. The prediction of a kernel is the larger of its bytes over the bandwidth
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from timing import record
+from torch.profiler import ProfilerActivity, profile
 
 from modeling_axk1 import AxK1Config, moe_kernels
 from modeling_axk1.modeling_axk1 import AxK1Experts
@@ -298,6 +300,29 @@ def measure(options: argparse.Namespace) -> None:
         del experts
 
 
+def profile_kernels(options: argparse.Namespace) -> None:
+    """Milliseconds of each kernel in forward and backward, by torch's profiler."""
+    for preset in options.shapes:
+        shape = shape_of(preset)
+        experts = experts_layer(shape, "cuda", torch.bfloat16)
+        columns = ("tokens", "all", "kernels, those of 1% or more")
+        table = Table(*columns, title=f"{preset} {tuple(shape)}, {torch.cuda.get_device_name()}, milliseconds")
+        for tokens in options.tokens:
+            run = step(experts, "axk1", inputs_of(shape, tokens, "cuda", torch.bfloat16), True)
+            run()
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+                for _ in range(options.rounds):
+                    run()
+                torch.cuda.synchronize()
+            times = {e.key: e.device_time_total / options.rounds / 1e3 for e in profiled.key_averages()}
+            total = sum(times.values())
+            named = sorted(((ms, name) for name, ms in times.items() if ms >= total / 100), reverse=True)
+            table.add_row(f"{tokens:,}", f"{total:.3f}", ", ".join(f"{name.split('(')[0]} {ms:.3f}" for ms, name in named))
+        Console(width=130).print(table)
+        del experts
+
+
 # What to try instead of the tiles of moe_kernels.py: rows, columns, depth, warps, stages. The rows of the first three are one
 # schedule's, so they stay.
 LARGE = {
@@ -406,6 +431,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate (default: %(default)s)")
     parser.add_argument("--paper", action="store_true", help="only the prediction")
     parser.add_argument("--tune", action="store_true", help="time other tiles, those of the first shape, on every shape")
+    parser.add_argument("--profile", action="store_true", help="time each kernel of a training step, ours alone")
     parser.add_argument("--kernels", nargs="+", choices=list(LARGE), default=list(LARGE), help="which to tune")
     parser.add_argument("--record", action="store_true", help="append the figures to results.csv")
     options = parser.parse_args()
@@ -414,10 +440,7 @@ def main() -> None:
         print_paper(H200_BYTES_A_SECOND, H200_FLOPS)
         return
     torch.manual_seed(0)
-    if options.tune:
-        tune(options)
-    else:
-        measure(options)
+    (tune if options.tune else profile_kernels if options.profile else measure)(options)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ LARGE_SHARED_MEMORY = ((9, 0), (10, 0), (10, 3))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # cp.async and bf16 tensor cores.
 OLDEST_CAPABILITY = (8, 0)
-# Pairs that one program of `count` and `place` takes, and how many of them, of the tiles, and of the blocks it compares at once.
-PAIR_BLOCK, COMPARED = 512, 32
+# Pairs that one program of `count` and `place` takes (the first that holds them all, else the last), and how many of them, of
+# the tiles, and of the blocks it compares at once.
+PAIR_BLOCKS, COMPARED = (32, 128, 512), 32
 # Numbers that one program of `combine` adds up.
 COMBINED = 8192
 # Numbers of pairs' rows up to which a training step holds them all before it sums them: 32 MB in bf16.
@@ -481,18 +482,50 @@ def rows(
             b_columns, b_step = b + in_bounds(column, columns, EVEN), weight_columns
         else:
             b_columns, b_step = b + in_bounds(column, columns, EVEN) * depth, 1
-        row, live = own_rows(first, end, 0, ROWS)
-        a_rows = a_PD + row.to(tl.int64) * depth
-        more_row, more_live, more_a_rows = row, live, a_rows
-        if MORE:
-            more_row, more_live = own_rows(first, end, ROWS, MORE)
-            more_a_rows = a_PD + more_row.to(tl.int64) * depth
-        acc, more_acc = products(
-            a_rows, more_a_rows, b_columns, b_step, depth, ROWS, MORE, COLUMNS, DEPTH, EVEN, PRECISION
-        )
-        put(acc, out_PC, pair_P, row, live, column, columns)
-        if MORE:
-            put(more_acc, out_PC, pair_P, more_row, more_live, column, columns)
+        if MORE and first + ROWS < end:
+            rows_of_tile(
+                a_PD, b_columns, b_step, pair_P, out_PC, first, end, column, columns, depth,
+                ROWS, MORE, COLUMNS, DEPTH, EVEN, PRECISION,
+            )  # fmt: skip
+        else:
+            rows_of_tile(
+                a_PD, b_columns, b_step, pair_P, out_PC, first, end, column, columns, depth,
+                ROWS, 0, COLUMNS, DEPTH, EVEN, PRECISION,
+            )  # fmt: skip
+
+
+@jit
+def rows_of_tile(
+    a_PD,
+    b_columns,
+    b_step,
+    pair_P,
+    out_PC,
+    first,
+    end,
+    column,
+    columns,
+    depth,
+    ROWS: tl.constexpr,
+    MORE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """With MORE rows only where they are live: most experts' last tile has no more than ROWS."""
+    row, live = own_rows(first, end, 0, ROWS)
+    a_rows = a_PD + row.to(tl.int64) * depth
+    more_row, more_live, more_a_rows = row, live, a_rows
+    if MORE:
+        more_row, more_live = own_rows(first, end, ROWS, MORE)
+        more_a_rows = a_PD + more_row.to(tl.int64) * depth
+    acc, more_acc = products(
+        a_rows, more_a_rows, b_columns, b_step, depth, ROWS, MORE, COLUMNS, DEPTH, EVEN, PRECISION
+    )
+    put(acc, out_PC, pair_P, row, live, column, columns)
+    if MORE:
+        put(more_acc, out_PC, pair_P, more_row, more_live, column, columns)
 
 
 @jit
@@ -786,7 +819,8 @@ def sort_pairs(expert_TK: Tensor, experts: int, rows_a_tile: int) -> tuple[Tenso
     The entries of pair_P past start_E1[-1] are undefined.
     """
     pairs = expert_TK.numel()
-    blocks, bins = triton.cdiv(pairs, PAIR_BLOCK), max(32, triton.next_power_of_2(experts + 1))
+    block = next((size for size in PAIR_BLOCKS if pairs <= size), PAIR_BLOCKS[-1])
+    blocks, bins = triton.cdiv(pairs, block), max(32, triton.next_power_of_2(experts + 1))
     hit = min(pairs, experts)
     new = dict(dtype=torch.int32, device=expert_TK.device)
     count_BE = torch.empty(blocks, bins, **new)
@@ -794,10 +828,10 @@ def sort_pairs(expert_TK: Tensor, experts: int, rows_a_tile: int) -> tuple[Tenso
     # As many as there can be: each hit expert has one tile with a row and then one every rows_a_tile rows.
     tile_M3 = torch.empty(hit + (pairs - hit) // rows_a_tile, 3, **new)
     if blocks > 1:
-        launch(count, (blocks,), expert_TK, count_BE, pairs, experts, BINS=bins, BLOCK=PAIR_BLOCK)
+        launch(count, (blocks,), expert_TK, count_BE, pairs, experts, BINS=bins, BLOCK=block)
     launch(
         place, (blocks,), expert_TK, count_BE, pair_P, start_E1, tile_M3, pairs, experts, blocks, len(tile_M3),
-        ALONE=blocks == 1, ROWS=rows_a_tile, BINS=bins, BLOCK=PAIR_BLOCK, COMPARED=COMPARED, warps=8,
+        ALONE=blocks == 1, ROWS=rows_a_tile, BINS=bins, BLOCK=block, COMPARED=COMPARED, warps=min(8, block // 32),
     )  # fmt: skip
     return pair_P, start_E1, tile_M3
 

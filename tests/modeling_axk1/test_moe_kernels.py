@@ -64,7 +64,7 @@ def test_bf16_is_no_less_accurate_than_the_reference(interpreted):
     interpreted(checks.check_half_precision, dtype=torch.bfloat16, tokens=65, **checks.UNEVEN)
 
 
-@pytest.mark.parametrize("tokens, rows", [(100, 16), (300, 16), (300, 64)])
+@pytest.mark.parametrize("tokens, rows", [(7, 16), (20, 16), (100, 16), (300, 16), (300, 64)])
 def test_dispatch_is_a_stable_sort_and_its_tiles_cover_it(interpreted, tokens, rows):
     interpreted(checks.check_schedule, tokens=tokens, experts=5, top_k=4, rows=rows)
 
