@@ -25,12 +25,13 @@ from .moe_kernels import (
     LARGE_SHARED_MEMORY,
     add_product,
     capability,
+    cdiv,
     jit,
     launch,
+    next_power_of_two,
     precision,
     store,
     tl,
-    triton,
 )
 
 
@@ -170,9 +171,9 @@ def block_for(query_BNL: Tensor, tokens: int) -> Block:
 
 def split(block: Block, batch: int, heads: int, tokens: int) -> tuple[int, int]:
     """How many parts the cache is cut into, and tokens a part: enough parts to fill the GPU, each of whole tiles."""
-    wanted = max(1, block.programs // (batch * triton.cdiv(heads, block.heads)))
-    part_tokens = block.tokens * triton.cdiv(triton.cdiv(tokens, block.tokens), wanted)
-    return triton.cdiv(tokens, part_tokens), part_tokens
+    wanted = max(1, block.programs // (batch * cdiv(heads, block.heads)))
+    part_tokens = block.tokens * cdiv(cdiv(tokens, block.tokens), wanted)
+    return cdiv(tokens, part_tokens), part_tokens
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -233,15 +234,15 @@ def in_parts(
     new = dict(dtype=torch.float32, device=query_BNL.device)
     sum_BPNL, state_BPN2 = torch.empty(batch, parts, heads, latent, **new), torch.empty(batch, parts, heads, 2, **new)
     launch(
-        attend, (batch, triton.cdiv(heads, block.heads), parts), query_BNL, query_BND, *cache, sum_BPNL, state_BPN2, heads,
+        attend, (batch, cdiv(heads, block.heads), parts), query_BNL, query_BND, *cache, sum_BPNL, state_BPN2, heads,
         tokens, latent, rope, *strides, part_tokens, scale, HEADS=block.heads, TOKENS=block.tokens,
-        PADDED_LATENT=max(16, triton.next_power_of_2(latent)), PADDED_ROPE=max(16, triton.next_power_of_2(rope)),
+        PADDED_LATENT=max(16, next_power_of_two(latent)), PADDED_ROPE=max(16, next_power_of_two(rope)),
         PRECISION=precision(), warps=block.warps, stages=block.stages, **constants,
     )  # fmt: skip
-    out_BNL, padded = torch.empty_like(query_BNL), triton.next_power_of_2(parts)
+    out_BNL, padded = torch.empty_like(query_BNL), next_power_of_two(parts)
     columns = max(16, MERGED // padded)
     launch(
-        merge, (batch, heads, triton.cdiv(latent, columns)), sum_BPNL, state_BPN2, out_BNL, heads, latent, parts,
+        merge, (batch, heads, cdiv(latent, columns)), sum_BPNL, state_BPN2, out_BNL, heads, latent, parts,
         PADDED=padded, COLUMNS=columns,
     )  # fmt: skip
     return out_BNL

@@ -117,7 +117,7 @@ def tiles_for(capability: tuple[int, int] | None, dtype: torch.dtype, tokens: in
         choices, small = SINGLE, (SINGLE[64].up,) * 2
     else:
         choices, small = (HOPPER, HOPPER_SMALL) if capability in LARGE_SHARED_MEMORY else (AMPERE, AMPERE_SMALL)
-    rows = max(16, triton.next_power_of_2(tokens))
+    rows = max(16, next_power_of_two(tokens))
     if rows < SMALL_BATCH or (rows == SMALL_BATCH and rows not in choices):
         up, down = (tile._replace(rows=rows) for tile in small)
         return Tiles(up, down, down, choices[max(choices)].outer)
@@ -736,7 +736,7 @@ def launch(kernel, grid: tuple, *arguments, warps: int = 4, stages: int = 1, **c
 
 
 def launch_matmul(kernel, tile: Tile, grid: tuple, even: bool, *arguments, **constants) -> None:
-    rows = power_of_two(tile.rows)
+    rows = next_power_of_two(tile.rows + 1) // 2
     if kernel is not outer:
         # 192 rows are 128 and 64 more: Triton's blocks are powers of two.
         constants["MORE"] = tile.rows - rows
@@ -746,9 +746,14 @@ def launch_matmul(kernel, tile: Tile, grid: tuple, even: bool, *arguments, **con
     )  # fmt: skip
 
 
-def power_of_two(number: int) -> int:
-    """The largest that is not above."""
-    return 1 << (number.bit_length() - 1)
+# Triton's functions of these names can be called in kernels too, and take five microseconds here, ten times in a decoding layer.
+def cdiv(number: int, by: int) -> int:
+    return -(-number // by)
+
+
+def next_power_of_two(number: int) -> int:
+    """The smallest that is not below."""
+    return 1 << (number - 1).bit_length()
 
 
 def fitted(tile: Tile, columns: int) -> Tile:
@@ -761,7 +766,7 @@ def launch_tiles(kernel, tile: Tile, tiles: int, columns: int, depth: int, *argu
     """Run a kernel whose programs are the schedule's tiles of rows times the tiles of columns."""
     tile = fitted(tile, columns)
     even = columns % tile.columns == 0 and depth % tile.depth == 0
-    launch_matmul(kernel, tile, (tiles * triton.cdiv(columns, tile.columns),), even, *arguments, **constants)
+    launch_matmul(kernel, tile, (tiles * cdiv(columns, tile.columns),), even, *arguments, **constants)
 
 
 def capability(tensor: Tensor) -> tuple[int, int] | None:
@@ -794,8 +799,8 @@ def kernels_route(
         launch(
             route, (tokens,), logits_TE, bias_E, weight_TK, expert_TK, experts, scale, BIASED=bias_E is not None,
             NORMALISE=normalise, TOP_TWO=method == "noaux_tc", GROUPS=groups, TOP_GROUPS=top_groups, TOP_K=top_k,
-            PADDED_GROUPS=triton.next_power_of_2(groups), PADDED_SIZE=triton.next_power_of_2(experts // groups),
-            PADDED_K=triton.next_power_of_2(top_k), warps=1,
+            PADDED_GROUPS=next_power_of_two(groups), PADDED_SIZE=next_power_of_two(experts // groups),
+            PADDED_K=next_power_of_two(top_k), warps=1,
         )  # fmt: skip
     return weight_TK, expert_TK
 
@@ -808,7 +813,7 @@ def kernels_route_backward(
     if tokens:
         launch(
             route_backward, (tokens,), grad_TK.contiguous(), logits_TE.contiguous(), expert_TK, grad_TE, experts, top_k,
-            scale, NORMALISE=normalise, PADDED_K=triton.next_power_of_2(top_k), BINS=triton.next_power_of_2(experts),
+            scale, NORMALISE=normalise, PADDED_K=next_power_of_two(top_k), BINS=next_power_of_two(experts),
         )  # fmt: skip
     return grad_TE
 
@@ -820,7 +825,7 @@ def sort_pairs(expert_TK: Tensor, experts: int, rows_a_tile: int) -> tuple[Tenso
     """
     pairs = expert_TK.numel()
     block = next((size for size in PAIR_BLOCKS if pairs <= size), PAIR_BLOCKS[-1])
-    blocks, bins = triton.cdiv(pairs, block), max(32, triton.next_power_of_2(experts + 1))
+    blocks, bins = cdiv(pairs, block), max(32, next_power_of_two(experts + 1))
     hit = min(pairs, experts)
     new = dict(dtype=torch.int32, device=expert_TK.device)
     count_BE = torch.empty(blocks, bins, **new)
@@ -839,10 +844,10 @@ def sort_pairs(expert_TK: Tensor, experts: int, rows_a_tile: int) -> tuple[Tenso
 def sum_pairs(row_PC: Tensor, expert_TK: Tensor, weight_TK: Tensor | None, experts: int, out_TC: Tensor) -> None:
     """Into out_TC, which may be some columns of a tensor."""
     (tokens, top_k), columns = expert_TK.shape, row_PC.shape[1]
-    padded = triton.next_power_of_2(top_k)
+    padded = next_power_of_two(top_k)
     width = max(32, COMBINED // padded)
     launch(
-        combine, (tokens, triton.cdiv(columns, width)), row_PC, expert_TK, weight_TK, out_TC, columns, out_TC.stride(0),
+        combine, (tokens, cdiv(columns, width)), row_PC, expert_TK, weight_TK, out_TC, columns, out_TC.stride(0),
         experts, top_k, WEIGHTED=weight_TK is not None, PAIRS=padded, COLUMNS=width,
     )  # fmt: skip
 
@@ -862,17 +867,19 @@ def multiply_and_sum(
     Of many pairs `at_once` columns at a time, because all of them would be what a training step holds most of at its peak.
     """
     (tokens, _), pairs, (pair_P, _, tile_M3) = expert_TK.shape, expert_TK.numel(), sorted_pairs
-    experts, depth, columns = weight.shape if transposed else (len(weight), *weight.shape[:0:-1])
+    tiles, (experts, depth, columns) = tile_M3.shape[0], weight.shape
+    if not transposed:
+        depth, columns = columns, depth
     if pairs * columns <= HELD_AT_ONCE:
         at_once = columns
-    at_once = min(columns, tile.columns * triton.cdiv(at_once, tile.columns))
+    at_once = min(columns, tile.columns * cdiv(at_once, tile.columns))
     out_TC, held = a_PD.new_empty(tokens, columns), a_PD.new_empty(pairs * at_once)
     for first in range(0, columns, at_once):
         own = slice(first, min(first + at_once, columns))
         row_PC = held[: pairs * (own.stop - first)].view(pairs, -1)
         launch_tiles(
-            rows, tile, len(tile_M3), row_PC.shape[1], depth, a_PD, weight[:, :, own] if transposed else weight[:, own],
-            pair_P, tile_M3, row_PC, len(tile_M3), row_PC.shape[1], depth, columns, TRANSPOSED=transposed,
+            rows, tile, tiles, row_PC.shape[1], depth, a_PD, weight[:, :, own] if transposed else weight[:, own],
+            pair_P, tile_M3, row_PC, tiles, row_PC.shape[1], depth, columns, TRANSPOSED=transposed,
         )  # fmt: skip
         sum_pairs(row_PC, expert_TK, weight_TK, experts, out_TC[:, own])
     return out_TC
@@ -891,7 +898,7 @@ def weight_gradient(
     experts, out_rows, columns = weight_ERC.shape
     tile = fitted(tile, columns)
     out_ERC = torch.empty_like(weight_ERC)
-    grid = (triton.cdiv(out_rows, tile.rows) * triton.cdiv(columns, tile.columns), experts)
+    grid = (cdiv(out_rows, tile.rows) * cdiv(columns, tile.columns), experts)
     even = out_rows % tile.rows == 0 and columns % tile.columns == 0
     launch_matmul(
         outer, tile, grid, even, a, b, *sorted_pairs[:2], out_ERC, out_rows, columns, top_k, GATHER_A=gather_a
@@ -966,7 +973,7 @@ def kernels_backward(
     act_PI = x_TH.new_empty(pairs if need_down else 0, width)
     # Zeros: pairs of other ranks' experts are written by no program.
     dot_NP = torch.zeros(
-        triton.cdiv(width, fitted(tiles.act_backward, width).columns), pairs, dtype=torch.float32, device=x_TH.device
+        cdiv(width, fitted(tiles.act_backward, width).columns), pairs, dtype=torch.float32, device=x_TH.device
     )
     launch_tiles(
         act_backward, tiles.act_backward, len(tile_M3), width, hidden,
