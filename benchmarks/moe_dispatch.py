@@ -332,7 +332,8 @@ LARGE = {
              (128, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 128, 128, 4, 3)],
     "act_backward": [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (128, 256, 64, 8, 3),
                      (128, 64, 64, 4, 4), (128, 128, 128, 8, 2)],
-    "outer": [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 32, 8, 4), (128, 128, 64, 4, 3), (128, 128, 64, 4, 4),
+    "outer": [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 32, 8, 4), (128, 256, 32, 8, 6), (128, 256, 128, 8, 2),
+              (256, 128, 64, 8, 4), (64, 256, 64, 4, 2), (128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 32, 4, 4),
               (128, 128, 64, 8, 4), (128, 128, 128, 8, 3)],
 }  # fmt: skip
 # For few tokens; the rows become those of the batch.
@@ -342,11 +343,15 @@ FEW = [(16, *rest) for rest in (
     (16, 512, 4, 3),
 )]  # fmt: skip
 
+# Of weight gradients where an expert has few rows: a program stores zeros or one product, and several share a multiprocessor.
+FEW_OUTER = [(128, 256, 64, 8, 4), (128, 256, 32, 8, 2), (128, 128, 64, 4, 2), (128, 128, 32, 4, 2), (128, 128, 16, 8, 2),
+             (64, 256, 32, 4, 2), (64, 256, 16, 4, 1), (64, 128, 32, 4, 2), (32, 256, 32, 4, 2)]  # fmt: skip
+
 
 def trials(tokens: int, shape: Shape) -> list[tuple[str, moe_kernels.Tiles]]:
     """Each kernel's tile by itself, the others as they are."""
     base = moe_kernels.tiles_for((9, 0), torch.bfloat16, tokens, tokens * shape.top_k / shape.experts)
-    tried = LARGE if tokens > moe_kernels.SMALL_BATCH else {"up": FEW, "down": FEW}
+    tried = LARGE if tokens > moe_kernels.SMALL_BATCH else {"up": FEW, "down": FEW, "outer": FEW_OUTER}
     found = []
     for part, tiles in tried.items():
         for tile in map(moe_kernels.Tile._make, tiles):
