@@ -7,6 +7,9 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Imports leave no garbage, and looking for it took a second of each process.
+gc.disable()
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -14,6 +17,7 @@ import torch  # noqa: E402
 def pytest_collection_finish():
     # Trainers and accelerate collect garbage often, and each time went through the half million objects of the libraries: 0.3 s.
     gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish():
