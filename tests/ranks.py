@@ -1,5 +1,6 @@
 """Run one function in several processes that talk over gloo on the loopback, and collect what each returns."""
 
+import gc
 import os
 import socket
 from multiprocessing import get_context
@@ -19,6 +20,8 @@ def free_port() -> int:
 def rank_main(rank: int, world: int, port: int, folder: str, function, arguments: tuple) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
+    # As in conftest.py; what the server imported would be copied, too.
+    gc.freeze()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     torch.save(function(*arguments), f"{folder}/rank{rank}.pt")
@@ -32,10 +35,17 @@ def rank_main(rank: int, world: int, port: int, folder: str, function, arguments
 PRELOADED = ["tests.modeling_axk1.parallel_checks", "tests.recipes.launch_checks"]
 
 
+def forking():
+    """A server that has imported the libraries, and forks: a process that is spawned takes seconds to import them."""
+    context = get_context("forkserver")
+    # Counts where the server does not run yet, so that all who fork have to ask here.
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def run_on_ranks(world: int, folder: Path, function, *arguments) -> list:
     """What `function(*arguments)` returned on each of `world` ranks. It has to be importable: none of a test file's own."""
-    # A server that has imported the libraries forks the ranks: a spawned one takes seconds to import them.
-    get_context("forkserver").set_forkserver_preload(PRELOADED)
+    forking()
     place = (world, free_port(), str(folder), function, arguments)
     mp.start_processes(rank_main, place, world, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]

@@ -105,10 +105,11 @@ def bootstrap_interval(
         raise ValueError("no values to resample; give at least one.")
     numbers = torch.tensor(list(values), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    # A draw at a time: all at once would hold draws x problems numbers.
-    means = [numbers[torch.randint(len(numbers), (len(numbers),), generator=generator)].mean() for _ in range(draws)]
+    # A hundred draws at a time: all at once would hold draws x problems numbers.
+    sizes = [min(100, draws - begun) for begun in range(0, draws, 100)]
+    means = [numbers[torch.randint(len(numbers), (size, len(numbers)), generator=generator)].mean(1) for size in sizes]
     tail = (1 - confidence) / 2
-    low, high = torch.stack(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -640,20 +641,18 @@ def test_another_job_is_not_continued(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments", [{}, {"format": "torch_dist"}, {"format": "legacy"}], ids=str)
 def test_a_full_disk_is_an_error_and_then_it_goes_on(tmp_path, arguments):
     """A process may write no file beyond 100 KB: as the disk would say it, in the middle of one."""
-    source = contents(SOURCE)
-    code = """
-import json, resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-from conversion import convert_to_hf, convert_to_megatron
-options = json.loads(sys.argv[3])
-(convert_to_megatron if options else convert_to_hf)(sys.argv[1], sys.argv[2], progress=False, **options)
-"""
-    command = [sys.executable, "-c", code, str(SOURCE), str(tmp_path / "out"), json.dumps(arguments)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1 and "OSError" in run.stderr and "run the same again" in run.stderr
+    source, convert = contents(SOURCE), convert_to_megatron if arguments else convert_to_hf
+
+    def convert_on_a_full_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        with pytest.raises(OSError, match="run the same again"):
+            convert(SOURCE, tmp_path / "out", progress=False, **arguments)
+        os._exit(0)
+
+    assert end_of_child(convert_on_a_full_disk) == 0
     assert contents(SOURCE) == source and not (tmp_path / "out").exists()
-    (convert_to_megatron if arguments else convert_to_hf)(SOURCE, tmp_path / "out", progress=False, **arguments)
+    convert(SOURCE, tmp_path / "out", progress=False, **arguments)
     assert verify(SOURCE, tmp_path / "out", progress=False) == []
 
 

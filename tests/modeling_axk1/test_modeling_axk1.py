@@ -545,7 +545,9 @@ def test_experts_reject_nothing_silently_in_eager():
 
 @pytest.mark.parametrize("seed", [2, 4])
 def test_compiles_as_one_graph_forward_and_backward(seed):
-    model = ours(random_config(seed, num_experts_per_tok=2, topk_group=2, n_group=2, n_routed_experts=6)).train()
+    # One dense and one sparse layer, or two sparse ones.
+    sizes = {"num_hidden_layers": 2, "num_experts_per_tok": 2, "topk_group": 2, "n_group": 2, "n_routed_experts": 6}
+    model = ours(random_config(seed, **sizes)).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     input_ids, _ = padded_ids(model.config)
     results = []
@@ -562,7 +564,7 @@ def test_compiles_as_one_graph_forward_and_backward(seed):
 
 @torch.no_grad()
 def test_compiled_static_decoding_is_one_graph():
-    model = ours(random_config(2))
+    model = ours(random_config(2, num_hidden_layers=2))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     input_ids, _ = padded_ids(model.config)
     results = []

@@ -1,9 +1,5 @@
 """Do the fast experts compute what the obvious loop computes, outputs and every gradient?"""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
@@ -15,8 +11,6 @@ from modeling_axk1.moe_reference import moe_reference
 from tests.random_experts import outputs_and_gradients, poisoned_memory, problem, relative_error
 from tests.random_models import ours, padded_ids, random_config, stock_twin
 from tests.tolerances import EXPERTS, PREFILL, ROUTING
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +40,7 @@ def test_no_tokens():
 
 
 def test_gradients_by_finite_differences():
-    inputs = [t.requires_grad_(t.is_floating_point()) for t in problem(5, 4, 2, "random", dtype=torch.float64)]
+    inputs = [t.requires_grad_(t.is_floating_point()) for t in problem(5, 4, 2, "random", dtype=torch.float64, hidden=6, width=4)]
     assert torch.autograd.gradcheck(run_experts, inputs)
 
 
@@ -169,20 +163,6 @@ def test_torch_routing_gradient_is_autograds():
         (expected,) = torch.autograd.grad(weight_TK, logits_TE, grad_TK)
         grad_TE = moe_dispatch.torch_route_backward(grad_TK, logits_TE.detach(), expert_TK, normalise, 2.5)
         assert (grad_TE - expected).abs().max() <= ROUTING
-
-
-def test_the_model_needs_no_triton():
-    code = """
-import sys
-sys.modules["triton"] = None  # its import fails
-import torch
-from modeling_axk1 import moe_kernels
-from tests.random_models import ours, random_config
-assert moe_kernels.triton is None
-print(ours(random_config(1))(torch.arange(5)[None]).logits.isfinite().all().item())
-"""
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.stdout.strip() == "True", run.stderr
 
 
 def test_what_the_kernels_miss_is_named(monkeypatch):

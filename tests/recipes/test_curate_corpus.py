@@ -4,6 +4,7 @@ import json
 import random
 
 from recipes import curate_corpus
+from trainers import text_classifier
 from trainers.curation_steps import Words
 
 WORDS = "오늘 영화 정말 재미 있다 없다 배우 연기 감동 음악 지루 최고 다시 보고 싶다 친구".split()
@@ -12,6 +13,9 @@ WORDS = "오늘 영화 정말 재미 있다 없다 배우 연기 감동 음악 �
 def test_small_run(tmp_path, monkeypatch):
     library = curate_corpus._library()[:12]
     monkeypatch.setattr(curate_corpus, "_library", lambda: library)
+    # A third of a page, told apart by as many features as that has.
+    monkeypatch.setattr(curate_corpus, "CHARACTERS_A_PIECE", 1_000)
+    monkeypatch.setattr(text_classifier, "FEATURES", 2**14)
     rng = random.Random(0)
     reviews = [" ".join(rng.choices(WORDS, k=40)) for _ in range(60)]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in reviews))

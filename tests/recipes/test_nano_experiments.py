@@ -1,6 +1,7 @@
 """Do the experiments train the data that they name, go on behind finished cells, and report what was measured?"""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -19,8 +20,11 @@ def out(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def fast_intervals(monkeypatch):
+def small(monkeypatch):
+    """Fewer draws, rows and tokens: an untrained model always answers to the limit. 12 rows, twice: more than ten pairs."""
     monkeypatch.setattr(nano_cells, "DRAWS", 20)
+    for experiment in (nano_data_table, nano_merge_sweep, nano_mod_quality):
+        monkeypatch.setattr(experiment, "Settings", partial(nano_cells.Settings, batch_rows=12, max_new_tokens=8))
 
 
 def written(out, name):

@@ -49,7 +49,7 @@ def arguments(out, gsm8k):
         "--gsm8k",
         str(gsm8k),
         "--files",
-        "60",
+        "25",
         "--seeds",
         "3",
         "--threads",

@@ -2,7 +2,7 @@
 
 import json
 import time
-from multiprocessing import get_context
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from modeling_axk1 import AxK1ForCausalLM
 from recipes import nano_think_fusion as recipe
 from recipes.nano_problems import draw_problems
+from tests.ranks import forking
 
 ROOT = Path(recipe.__file__).parents[1]
 OPTIONS = ["--scale", "0.004", "--threads", "1"]
@@ -19,12 +20,26 @@ STAGES = ["tokenizer", "base", "reasoning", "instruct", "merged", "fused", "eval
 STAGES += ["early", "reinforced"] * recipe.can_reinforce()
 
 
+@dataclass(frozen=True)
+class Small(recipe.Settings):
+    """An untrained model answers to the limit."""
+
+    batch_rows: int = 16
+    max_new_tokens: int = 16
+
+
+def run_small(out: Path) -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "Settings", Small)
+        return recipe.main(["--out", str(out), *OPTIONS])
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """An undisturbed run: its folder and results."""
     out = tmp_path_factory.mktemp("straight")
     threads = torch.get_num_threads()
-    results = recipe.main(["--out", str(out), *OPTIONS])
+    results = run_small(out)
     torch.set_num_threads(threads)
     return out, results
 
@@ -96,11 +111,11 @@ def test_merged_weights_are_four_fifths_reasoning(straight):
     assert apart > 1e-4, "vacuous: the two models are the same"
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(straight, tmp_path):
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(straight, tmp_path, monkeypatch):
     out, results = straight
-    arguments = ["--out", str(tmp_path), *OPTIONS]
-    # Forked from a server that has imported the libraries.
-    child = get_context("forkserver").Process(target=recipe.main, args=(arguments,))
+    # A process of seconds, behind `fused`, whose weights are compared.
+    monkeypatch.setattr(recipe, "reload_with_stock", lambda *_: results["stock"])
+    child = forking().Process(target=run_small, args=(tmp_path,))
     child.start()
     deadline = time.monotonic() + 300
     while not (tmp_path / "instruct.unfinished").exists():
@@ -110,7 +125,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(straight, tmp_path)
     child.join()
     assert (tmp_path / "reasoning").exists() and not (tmp_path / "merged").exists()
     kept = (tmp_path / "reasoning" / "result.json").read_text()
-    resumed = recipe.main(arguments)
+    resumed = run_small(tmp_path)
     assert (tmp_path / "reasoning" / "result.json").read_text() == kept
     assert without_times(resumed) == without_times(results)
     for stage in ("base", "fused"):
