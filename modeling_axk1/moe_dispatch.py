@@ -221,7 +221,7 @@ def loop_forward(
         gate_up_N2I = gate_up_P2I[start:end] if keep else x_TH.new_empty(end - start, 2 * width)
         grouped_mm(x_NH, gate_up_E2IH.mT, run, gate_up_N2I)
         # Weighting here instead of after the down projection touches I numbers a row instead of H.
-        act_NI = F.silu(gate_up_N2I[:, :width]).mul_(gate_up_N2I[:, width:]).mul_(weight_P1[start:end])
+        act_NI = F.silu(gate_up_N2I[:, :width], inplace=not keep).mul_(gate_up_N2I[:, width:]).mul_(weight_P1[start:end])
         rows_NH = grouped_mm(act_NI, down_EHI.mT, run, x_NH)
         out_TH.index_add_(0, token_P[start:end], rows_NH.to(out_TH.dtype))
     return out_TH.to(x_TH.dtype), gate_up_P2I
