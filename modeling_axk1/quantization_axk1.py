@@ -28,7 +28,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
-from .configuration_axk1 import AxK1Config
+from .configuration_axk1 import AxK1Config, in_units
 from .moe_dispatch import loop_backward, loop_forward, unlike_swiglu
 
 logger = logging.get_logger(__name__)
@@ -423,7 +423,7 @@ def quantized_share(model: nn.Module) -> float:
 def share_line(model: nn.Module) -> str:
     """One sentence: how much of the model is quantised and, where experts are not, why."""
     held = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    line = f"{quantized_share(model):.1%} of the parameters are quantised; the weights take {held / 1e9:.3g} GB."
+    line = f"{quantized_share(model):.1%} of the parameters are quantised; the weights take {in_units(held)}."
     skip = getattr(model.config.quantization_config, "llm_int8_skip_modules", None) or []
     reasons = {left_fused(model, name, skip) for name, module in model.named_modules() if is_fused(module)}
     if reasons:
@@ -601,10 +601,10 @@ def cards_needed(config: AxK1Config, form: str, card_bytes: int, activation_byte
 def cards_table(
     config: AxK1Config, cards_gb: tuple[int, ...] = (24, 80, 141), activation_bytes: float = 0
 ) -> list[dict[str, str]]:
-    """What fits, a row for each of FORMS: gigabytes (1e9 bytes) of weights, cards of each size and the tokens that they cache."""
+    """What fits, a row for each of FORMS: the weights (1 GB is 1e9 bytes), cards of each size and the tokens that they cache."""
     rows = []
     for form in FORMS:
-        row = {"linear layers": form, "weights": f"{quantized_bytes(config, form) / 1e9:.1f} GB"}
+        row = {"linear layers": form, "weights": in_units(quantized_bytes(config, form))}
         for card_gb in cards_gb:
             fit = cards_needed(config, form, card_gb * 10**9, activation_bytes)
             said = "no layer fits" if fit is None else f"{fit[0]} ({fit[1]:,} tokens)" if fit[1] else f"{fit[0]} (weights alone)"

@@ -112,6 +112,14 @@ def test_info_of_a_preset_and_of_a_folder(tmp_path, capsys):
     assert capsys.readouterr().out.replace(str(tmp_path), "k1") == preset
 
 
+def test_a_laptops_model_is_shown_in_its_own_units(capsys):
+    assert axk1.main(["info", "nano"]) == 0
+    assert "bf16           1.7 MB " in (said := capsys.readouterr().out) and "nf4            685.5 kB " in said
+    assert axk1.main(["plan", "serve", "nano", "--gpu", "h100"]) == 0
+    said = capsys.readouterr().out
+    assert "bf16 1.7 MB" in said and "tokens = 491.5 kB." in said and " GB " not in said
+
+
 @pytest.mark.parametrize(
     ("command", "module", "function", "given", "expected"),
     [
