@@ -236,7 +236,11 @@ class QuantizesExperts:
             self._ep_plan = {name: style for name, style in self._ep_plan.items() if style != "grouped_gemm"}
         tp_plan, *others = super()._resolve_parallel_plans(distributed_config)
         if packed:
-            tp_plan = {name: style for name, style in tp_plan.items() if ".layers." not in f".{name}"}
+            # The model's own as well: by it PEFT would cut an adapter whose matrix is whole.
+            tp_plan, self._tp_plan = (
+                {name: style for name, style in plan.items() if ".layers." not in f".{name}"}
+                for plan in (tp_plan, self._tp_plan)
+            )
         return tp_plan, *others
 
     @classmethod
