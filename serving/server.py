@@ -161,8 +161,12 @@ def run_server(
     dtype: str = "auto",
 ) -> None:
     """Serve a checkpoint until interrupted. `think`, `temperature` and `top_p` hold where a request does not say."""
+    # Before the weights are read, which may take minutes.
+    settings = sampling(temperature, top_p)
+    if not 0 <= port <= 65_535:
+        raise ValueError(f"port={port} does not exist; use 1 to 65535, or 0 for any that is free.")
     model, tokenizer = load_for_chat(model_path, device_map=device_map, dtype=dtype)
-    model.generation_config.update(**sampling(temperature, top_p))
+    model.generation_config.update(**settings)
     app = build_app(model, tokenizer, name=Path(model_path).resolve().name, think=think)
     uvicorn.run(app, host=host, port=port)
 

@@ -234,6 +234,12 @@ def test_a_client_that_hangs_up_keeps_nobody_waiting(served, stream, monkeypatch
     assert len(steps) == done
 
 
+@pytest.mark.parametrize("wrong", [{"port": 99_999}, {"temperature": -1.0}, {"top_p": 2.0}])
+def test_wrong_options_are_refused_before_the_model_is_read(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        run_server("nowhere", **wrong)
+
+
 def test_run_server_serves_the_folder(checkpoint, monkeypatch):
     ran = {}
     monkeypatch.setattr("serving.server.uvicorn.run", lambda app, **settings: ran.update(app=app, **settings))
