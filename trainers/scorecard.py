@@ -118,11 +118,10 @@ def run_eval(
 
 
 def file_stem(task: str) -> str:
-    """Of the file with a task's numbers. A task file is told by its content too: changed in place, it is another task."""
-    stem = task.replace(":", "-").replace("/", "-").strip("-.")
+    """Of the file with a task's numbers. A task file is told by its content, not its path: changed in place, it is another."""
     if task.endswith(".jsonl"):
-        stem += f".{hashlib.sha256(Path(task).read_bytes()).hexdigest()[:16]}"
-    return stem
+        return f"{Path(task).stem[:40]}.{hashlib.sha256(Path(task).read_bytes()).hexdigest()[:16]}"
+    return task.replace(":", "-").replace("/", "-").strip("-.")
 
 
 def parse_modes(modes: str) -> list[str]:

@@ -84,8 +84,9 @@ def test_finished_tasks_are_kept_and_settings_do_not_mix(checkpoint, problems, t
 
 
 def test_a_task_file_changed_in_place_is_another_task(checkpoint, problems, tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    # Longer than a file's name may be.
+    elsewhere = tmp_path / ("else" * 40) / ("where" * 40)
+    elsewhere.mkdir(parents=True)
     (elsewhere / "problems.jsonl").write_text(json.dumps(LINES[0]))
     [one] = run(checkpoint, [str(elsewhere / "problems.jsonl")], tmp_path / "out", modes="think")
     Path(elsewhere / "problems.jsonl").write_text(Path(problems).read_text())
