@@ -465,14 +465,16 @@ def load_quantized(
     """`from_pretrained` of any mixture that transformers knows, its fused experts quantised as well.
 
     model_class defaults to the one of transformers that the checkpoint's `architectures` names. quantization_config may be left
-    out for a checkpoint that is quantised already; what else is given goes to `from_pretrained`. An A.X K1 of ours needs no call:
-    `AutoModelForCausalLM.from_pretrained(path, quantization_config=...)` does the same.
+    out for a checkpoint that is quantised already (ValueError for another); what else is given goes to `from_pretrained`. An
+    A.X K1 of ours needs no call: `AutoModelForCausalLM.from_pretrained(path, quantization_config=...)` does the same.
     """
+    if quantization_config is None or model_class is None:
+        names = ("revision", "token", "cache_dir", "local_files_only")
+        config = AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in names if name in kwargs})
+        if quantization_config is None and getattr(config, "quantization_config", None) is None:
+            raise ValueError(f"{path} is not quantised; give a quantization_config, or load it with from_pretrained.")
     if model_class is None:
-        where = {
-            name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs
-        }
-        names = AutoConfig.from_pretrained(path, **where).architectures
+        names = config.architectures
         if not names or not hasattr(transformers, names[0]):
             raise ValueError(f"{path} names the architectures {names}, none of transformers'; pass model_class.")
         model_class = getattr(transformers, names[0])
