@@ -47,13 +47,24 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
+        close_bars()
         # Names from a file may hold anything, also what steers a terminal.
         said = "".join(character if character.isprintable() else " " for character in str(error))
         print("axk1: " + " ".join(said.split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        close_bars()
         print("axk1: interrupted", file=sys.stderr)
         return 130
+
+
+def close_bars() -> None:
+    """End the progress bars that an error left open: each would be drawn once more behind the error's message."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(tqdm._instances):
+            bar.close()
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ all of it. Its `model`, `tokenizer` and `settings` are overridden by flags. Sett
 (TrainingArguments and more) and
   --data       what `axk1 curate` wrote (text, domain, difficulty) or the like, for sources that list no files of their own
   --model      nano, light, k1, a folder with a config.json (`axk1 plan --config` writes one), or a model to go on with
-  --scale      all token counts times this; contexts and batches shrink where a level would hold no row
+  --scale      all token counts times this; contexts and batches shrink where a level would hold no row a rank
 `axk1 pretrain --all-settings` lists them all. Killed? The same command goes on, to the same numbers; SIGTERM saves first.
 For Megatron: axk1 convert to-megatron OUTPUT_DIR CHECKPOINT."""
 SFT = """examples:

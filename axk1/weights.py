@@ -160,10 +160,10 @@ def merge(
     shard_gb: float,
 ) -> None:
     from conversion import merge_checkpoints
-    from conversion.merging import check_alpha, is_merge_of
+    from conversion.merging import alpha_text, check_alpha, is_merge_of
 
     shard_bytes = _bytes(shard_gb)
-    targets = {out_dir / f"alpha-{each:g}": each for each in alphas} if alphas else {out_dir: alpha}
+    targets = {out_dir / f"alpha-{alpha_text(each)}": each for each in alphas} if alphas else {out_dir: alpha}
     # A finished merge has no journal beside it; a sweep that was killed goes on behind it.
     finished = [
         target
@@ -174,14 +174,14 @@ def merge(
     for target, weight in targets.items():
         check_alpha(weight)
         if target in finished and not is_merge_of(target, thinking_dir, nonthinking_dir, weight):
-            said = f"{weight:g} x {thinking_dir.name} + {1 - weight:g} x {nonthinking_dir.name}"
+            said = f"{alpha_text(weight)} x {thinking_dir.name} + {1 - weight:g} x {nonthinking_dir.name}"
             raise ValueError(f"{target} is there already, but is not {said}; choose another OUT or remove it.")
     for target, weight in targets.items():
         if target in finished:
             print(f"{target} is there already")
             continue
         merge_checkpoints(thinking_dir, nonthinking_dir, target, alpha=weight, shard_bytes=shard_bytes)
-        print(f"wrote {target}: {weight:g} x {thinking_dir} + {1 - weight:g} x {nonthinking_dir}")
+        print(f"wrote {target}: {alpha_text(weight)} x {thinking_dir} + {1 - weight:g} x {nonthinking_dir}")
 
 
 def adapter_merge(model_dir: Path, adapter_dir: Path, out_dir: Path, shard_gb: float) -> None:
@@ -230,13 +230,15 @@ def _running(options: dict) -> dict:
 
 
 def _convert(conversion, workers: int | None, no_verify: bool, check_nan: bool, dry_run: bool) -> None:
+    from modeling_axk1.configuration_axk1 import in_units
+
     for name in conversion.opened.added:
         print(f"{name} is not in the source; a constant stands for it")
     if dry_run:
         plan = conversion.plan(workers)
         for name, size in plan.files:
             print(f"  {name:<60}{size:>18,} bytes")
-        print(f"{len(plan.files)} files, {plan.nbytes:,} bytes ({plan.nbytes / 1e9:,.2f} GB); ", end="")
+        print(f"{len(plan.files)} files, {plan.nbytes:,} bytes ({in_units(plan.nbytes)}); ", end="")
         print(
             f"memory {plan.memory_bytes / 1e6:,.0f} MB; about {plan.seconds:,.0f} s and as long again to verify, ",
             end="",
@@ -244,7 +246,7 @@ def _convert(conversion, workers: int | None, no_verify: bool, check_nan: bool, 
         print(f"if the disk keeps up with the {plan.bytes_per_s / 1e9:.2f} GB/s that a worker read and hashed just now")
         return
     done = conversion.run(workers=workers, verify=not no_verify, check_nan=check_nan)
-    print(f"wrote {done.path}: {done.files} files, {done.nbytes / 1e9:,.2f} GB in {done.write_s:.1f} s", end="")
+    print(f"wrote {done.path}: {done.files} files, {in_units(done.nbytes)} in {done.write_s:.1f} s", end="")
     print(f", verified bit for bit in {done.verify_s:.1f} s" if done.verify_s is not None else ", not verified")
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from conversion.ops import read_exactly, still_there
+from modeling_axk1.configuration_axk1 import in_units
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -635,7 +636,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     """OSError before the first byte rather than hours later, if the disk cannot hold what is still to be written."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        reason = f"{needed_bytes / 1e9:.2f} GB are still to be written and {free_bytes / 1e9:.2f} GB are free"
+        reason = f"{in_units(needed_bytes)} are still to be written and {in_units(free_bytes)} are free"
         raise OSError(errno.ENOSPC, f"{reason}; free some space and run the same again", str(folder))
 
 

@@ -30,7 +30,7 @@ from conversion.checkpoint import (
 )
 from conversion.convert import local_tokenizer
 from conversion.weight_map import POST_NORM, hf_shapes, rows_of
-from modeling_axk1.configuration_axk1 import AxK1Config, layer_types_of
+from modeling_axk1.configuration_axk1 import AxK1Config, in_units, layer_types_of
 from modeling_axk1.generation_axk1 import END_THINK, THINK, TURN_END
 
 ENGINES = ("transformers", "vLLM", "SGLang")
@@ -513,7 +513,7 @@ def check_generation(folder: Path, config: AxK1Config, tokenizer) -> Iterator[Fi
 # -- what is shown ------------------------------------------------------------------------------------------------
 def text_of(diagnosis: Diagnosis) -> str:
     """The findings, worst first, and a line for each engine."""
-    lines = [f"{diagnosis.model}: {diagnosis.tensors:,} tensors, {diagnosis.nbytes / 1e9:,.2f} GB"]
+    lines = [f"{diagnosis.model}: {diagnosis.tensors:,} tensors, {in_units(diagnosis.nbytes)}"]
     for each in diagnosis.findings:
         lines += ["", f"{each.severity:<8} {', '.join(each.breaks) or '-'}", f"         {each.fact}"]
         lines.append(f"         -> {each.remedy}")

@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from conversion.checkpoint import INDEX_NAME, listed, open_checkpoint, read_json
 from conversion.convert import TOKENIZER_FILES
 from conversion.doctor import PICKLES, Diagnosis, diagnose
-from modeling_axk1.configuration_axk1 import AxK1Config, count_parameters
+from modeling_axk1.configuration_axk1 import AxK1Config, count_parameters, in_units
 
 # What the Hub takes for `base_model_relation`.  [its documentation of model cards]
 RELATIONS = ("finetune", "quantized", "adapter", "merge")
@@ -356,7 +356,7 @@ def text_of_push(push: Push, api: HfApi | None = None) -> str:
     lines += [
         f"  {name:<44}{size:>18,} bytes{'  (written for it)' * (name in written)}" for name, size in sizes.items()
     ]
-    lines += [f"{len(sizes)} files, {sum(sizes.values()):,} bytes ({sum(sizes.values()) / 1e9:,.2f} GB)"]
+    lines += [f"{len(sizes)} files, {sum(sizes.values()):,} bytes ({in_units(sum(sizes.values()))})"]
     lines += [*text_of_deletions(push, api), ""]
     lines += [f"{each.severity}: {each.fact} -> {each.remedy}" for each in push.diagnosis.findings]
     return "\n".join([*lines, "", "README.md:", push.card])

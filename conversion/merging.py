@@ -102,6 +102,11 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha={alpha} is not a weight between 0 and 1; the authors' choice is 0.8.")
 
 
+def alpha_text(alpha: float) -> str:
+    """In as few digits as tell it from every other."""
+    return f"{alpha:g}" if float(f"{alpha:g}") == alpha else repr(float(alpha))
+
+
 def merge_blocks(thinking: StoredTensor, nonthinking: StoredTensor, alpha: float) -> Iterator[Tensor]:
     """The merged tensor in flat blocks of its stored dtype. ValueError if one holds a NaN."""
     for start in range(0, thinking.elements, BLOCK_ELEMENTS):
@@ -253,7 +258,7 @@ def is_merge_of(folder: Path, thinking_dir: Path, nonthinking_dir: Path, alpha: 
 
 
 def _sum_of(thinking: str, nonthinking: str, alpha: float) -> str:
-    return f"**{alpha:g}** x `{thinking}` (thinking) + **{1 - alpha:g}** x `{nonthinking}` (non-thinking)"
+    return f"**{alpha_text(alpha)}** x `{thinking}` (thinking) + **{1 - alpha:g}** x `{nonthinking}` (non-thinking)"
 
 
 def model_card(thinking: str, nonthinking: str, alpha: float, shards: list[Shard], done: dict[str, dict]) -> str:

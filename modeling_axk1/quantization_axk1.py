@@ -28,7 +28,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
-from .configuration_axk1 import AxK1Config
+from .configuration_axk1 import AxK1Config, in_units
 from .moe_dispatch import loop_backward, loop_forward, unlike_swiglu
 
 logger = logging.get_logger(__name__)
@@ -236,7 +236,11 @@ class QuantizesExperts:
             self._ep_plan = {name: style for name, style in self._ep_plan.items() if style != "grouped_gemm"}
         tp_plan, *others = super()._resolve_parallel_plans(distributed_config)
         if packed:
-            tp_plan = {name: style for name, style in tp_plan.items() if ".layers." not in f".{name}"}
+            # The model's own as well: by it PEFT would cut an adapter whose matrix is whole.
+            tp_plan, self._tp_plan = (
+                {name: style for name, style in plan.items() if ".layers." not in f".{name}"}
+                for plan in (tp_plan, self._tp_plan)
+            )
         return tp_plan, *others
 
     @classmethod
@@ -423,7 +427,7 @@ def quantized_share(model: nn.Module) -> float:
 def share_line(model: nn.Module) -> str:
     """One sentence: how much of the model is quantised and, where experts are not, why."""
     held = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    line = f"{quantized_share(model):.1%} of the parameters are quantised; the weights take {held / 1e9:.3g} GB."
+    line = f"{quantized_share(model):.1%} of the parameters are quantised; the weights take {in_units(held)}."
     skip = getattr(model.config.quantization_config, "llm_int8_skip_modules", None) or []
     reasons = {left_fused(model, name, skip) for name, module in model.named_modules() if is_fused(module)}
     if reasons:
@@ -461,14 +465,16 @@ def load_quantized(
     """`from_pretrained` of any mixture that transformers knows, its fused experts quantised as well.
 
     model_class defaults to the one of transformers that the checkpoint's `architectures` names. quantization_config may be left
-    out for a checkpoint that is quantised already; what else is given goes to `from_pretrained`. An A.X K1 of ours needs no call:
-    `AutoModelForCausalLM.from_pretrained(path, quantization_config=...)` does the same.
+    out for a checkpoint that is quantised already (ValueError for another); what else is given goes to `from_pretrained`. An
+    A.X K1 of ours needs no call: `AutoModelForCausalLM.from_pretrained(path, quantization_config=...)` does the same.
     """
+    if quantization_config is None or model_class is None:
+        names = ("revision", "token", "cache_dir", "local_files_only")
+        config = AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in names if name in kwargs})
+        if quantization_config is None and getattr(config, "quantization_config", None) is None:
+            raise ValueError(f"{path} is not quantised; give a quantization_config, or load it with from_pretrained.")
     if model_class is None:
-        where = {
-            name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs
-        }
-        names = AutoConfig.from_pretrained(path, **where).architectures
+        names = config.architectures
         if not names or not hasattr(transformers, names[0]):
             raise ValueError(f"{path} names the architectures {names}, none of transformers'; pass model_class.")
         model_class = getattr(transformers, names[0])
@@ -601,10 +607,10 @@ def cards_needed(config: AxK1Config, form: str, card_bytes: int, activation_byte
 def cards_table(
     config: AxK1Config, cards_gb: tuple[int, ...] = (24, 80, 141), activation_bytes: float = 0
 ) -> list[dict[str, str]]:
-    """What fits, a row for each of FORMS: gigabytes (1e9 bytes) of weights, cards of each size and the tokens that they cache."""
+    """What fits, a row for each of FORMS: the weights (1 GB is 1e9 bytes), cards of each size and the tokens that they cache."""
     rows = []
     for form in FORMS:
-        row = {"linear layers": form, "weights": f"{quantized_bytes(config, form) / 1e9:.1f} GB"}
+        row = {"linear layers": form, "weights": in_units(quantized_bytes(config, form))}
         for card_gb in cards_gb:
             fit = cards_needed(config, form, card_gb * 10**9, activation_bytes)
             said = "no layer fits" if fit is None else f"{fit[0]} ({fit[1]:,} tokens)" if fit[1] else f"{fit[0]} (weights alone)"

@@ -22,9 +22,18 @@ def run_chat(
     system: str | None = None,
 ) -> None:
     """Chat until /quit or the end of input. Budget and lengths in tokens; temperature 0 is greedy.  [model team's post]"""
-    model, tokenizer = load_for_chat(model_path, device_map=device_map, dtype=dtype)
+    # Before the weights are read, which may take minutes.
     settings = {"max_new_tokens": max_new_tokens, **sampling(temperature, top_p)}
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} leaves nothing to say; use 1 or more.")
+    if budget is not None and budget < 0:
+        raise ValueError(f"budget={budget} is no number of tokens; use 0 or more, or leave it out.")
+    model, tokenizer = load_for_chat(model_path, device_map=device_map, dtype=dtype)
     Chat(model, tokenizer, Console(), settings, think=think, budget=budget, system=system).run()
+
+
+class TooLong(Exception):
+    """A conversation that leaves the model no position to answer at."""
 
 
 class Chat:
@@ -79,6 +88,9 @@ class Chat:
         except KeyboardInterrupt:
             self._note("\ninterrupted, this turn is dropped")
             return
+        except TooLong as error:
+            self._note(str(error))
+            return
         self.console.print()
         if reply.truncated:
             self._note(
@@ -91,6 +103,9 @@ class Chat:
         prompt = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, enable_thinking=self.think, return_dict=True, return_tensors="pt"
         ).to(self.model.device)
+        tokens, positions = prompt["input_ids"].shape[1], self.model.config.max_position_embeddings
+        if tokens >= positions:
+            raise TooLong(f"that makes {tokens:,} tokens and the model has {positions:,} positions; /reset, or say less")
         self.showing = None
         output_BS = self.model.generate(
             **prompt,

@@ -1,5 +1,8 @@
 """How is a checkpoint opened for conversation, and how does it sample?"""
 
+import math
+
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_axk1 import AxK1ForCausalLM
@@ -7,7 +10,11 @@ from modeling_axk1.generation_axk1 import set_thinking_tokens
 
 
 def sampling(temperature: float, top_p: float) -> dict:
-    """`generate`'s arguments; temperature 0 is greedy."""
+    """`generate`'s arguments; temperature 0 is greedy. ValueError for values that are none."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} does not exist; 0 is greedy, the authors sample at 0.6.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} is no share above 0 and up to 1; the authors use 0.95.")
     if temperature == 0:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -18,6 +25,8 @@ def load_for_chat(model_path: str, *, device_map: str = "auto", dtype: str = "au
 
     ValueError if the checkpoint is not A.X K1, or its tokenizer lacks the control tokens or a chat template.
     """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r} does not exist; use auto, float32, bfloat16 or float16.")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     if tokenizer.chat_template is None:
         raise ValueError(f"{model_path} has no chat template; save its tokenizer with one, as train_tokenizer does.")

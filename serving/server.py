@@ -14,8 +14,11 @@ import torch
 
 try:
     import uvicorn
-    from fastapi import FastAPI, HTTPException, Request
+    from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
+    from jinja2 import TemplateError
+    from starlette.exceptions import HTTPException
     from transformers.cli.serving.chat_completion import (
         ChatCompletionHandler,
         TransformersCompletionCreateParamsStreaming,
@@ -30,43 +33,12 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState
 from transformers.utils.versions import require_version
 
 from serving.loading import load_for_chat, sampling
+from serving.requests import read_request
 
 require_version("transformers>=5.21", "Before 5.21 its serving parts drop reasoning_content from streams.")
 
-# OpenAI's names. All but the first mean thinking: A.X K1 has two modes, the budget bounds the thought.
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 # How often a request that is being answered in one piece is asked whether its client still listens.
 LISTENING_CHECK_S = 0.2
-
-
-def _with_mode(body: dict) -> dict:
-    """`body` with `reasoning_effort` turned into `enable_thinking`: "none" is off, any other effort on."""
-    template = body.get("chat_template_kwargs") or {}
-    if not isinstance(template.get("enable_thinking", False), bool):
-        raise ValueError(f"enable_thinking={template['enable_thinking']!r} names no mode; use true or false.")
-    effort = body.get("reasoning_effort")
-    if effort is None:
-        return body
-    if effort not in EFFORTS:
-        raise ValueError(f"reasoning_effort={effort!r} is unknown; use one of {', '.join(EFFORTS)}.")
-    body = {key: value for key, value in body.items() if key != "reasoning_effort"}
-    return body | {"chat_template_kwargs": {"enable_thinking": effort != "none"} | template}
-
-
-def _refuse_unmet(body: dict) -> None:
-    """ValueError for what transformers' serving would drop without a word to the client."""
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        raise ValueError(f"messages={messages!r} is no conversation; give a list of messages with role and content.")
-    parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
-    if others := sorted({str(part.get("type")) for part in parts} - {"text"}):
-        raise ValueError(f"content of type {', '.join(others)} is not read; this model takes text.")
-    if body.get("n") not in (None, 1):
-        raise ValueError(f"n={body['n']} answers were asked for and one is given; leave n out and ask again.")
-    if body.get("logprobs"):
-        raise ValueError("logprobs are not given; leave them out.")
-    if (form := (body.get("response_format") or {}).get("type", "text")) != "text":
-        raise ValueError(f"response_format {form!r} is not enforced here; leave it out and ask for it in words.")
 
 
 async def _while_heard(request: Request, answering: Coroutine):
@@ -91,7 +63,13 @@ class Interruption(StoppingCriteria):
 
 
 def _in_mode(model, inputs: dict, config: GenerationConfig) -> dict:
-    """The inputs of `generate`, with the mode that the chat template wrote at the end of the prompt."""
+    """The inputs of `generate`, with the mode that the chat template wrote at the end of the prompt.
+
+    ValueError for a prompt that leaves the model no position to answer at.
+    """
+    tokens, positions = inputs["input_ids"].shape[1], model.config.max_position_embeddings
+    if tokens >= positions:
+        raise ValueError(f"The prompt has {tokens:,} tokens and the model {positions:,} positions; shorten it.")
     thinking = inputs["input_ids"][0, -1].item() == model.generation_config.think_token_id
     return {**inputs, "enable_thinking": thinking, "thinking_budget": config.thinking_budget}
 
@@ -160,8 +138,7 @@ class ThinkingChatHandler(ChatCompletionHandler):
     _valid_params_class = ThinkingParams
 
     async def handle_request(self, body: dict, request_id: str):
-        _refuse_unmet(body)
-        return await super().handle_request(_with_mode(body), request_id)
+        return await super().handle_request(read_request(body), request_id)
 
     def _build_generation_config(self, body: dict, *args, **kwargs) -> GenerationConfig:
         config = super()._build_generation_config(body, *args, **kwargs)
@@ -184,8 +161,12 @@ def run_server(
     dtype: str = "auto",
 ) -> None:
     """Serve a checkpoint until interrupted. `think`, `temperature` and `top_p` hold where a request does not say."""
+    # Before the weights are read, which may take minutes.
+    settings = sampling(temperature, top_p)
+    if not 0 <= port <= 65_535:
+        raise ValueError(f"port={port} does not exist; use 1 to 65535, or 0 for any that is free.")
     model, tokenizer = load_for_chat(model_path, device_map=device_map, dtype=dtype)
-    model.generation_config.update(**sampling(temperature, top_p))
+    model.generation_config.update(**settings)
     app = build_app(model, tokenizer, name=Path(model_path).resolve().name, think=think)
     uvicorn.run(app, host=host, port=port)
 
@@ -222,6 +203,14 @@ def build_app(model, tokenizer, *, name: str, think: bool = False) -> FastAPI:
     @app.exception_handler(ValueError)
     async def refuse(_: Request, error: ValueError):
         return _error(400, str(error))
+
+    @app.exception_handler(TemplateError)
+    async def refuse_by_template(_: Request, error: TemplateError):
+        return _error(400, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(_: Request, error: RequestValidationError):
+        return _error(400, f"The request's body is no JSON object ({error.errors()[0]['msg']}).")
 
     @app.exception_handler(HTTPException)
     async def pass_on(_: Request, error: HTTPException):

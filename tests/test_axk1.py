@@ -1,5 +1,6 @@
 """Does the command line reach each capability, teach, and say an error in one line?"""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import axk1
+from conversion.merging import is_merge_of
 from modeling_axk1 import AxK1Config
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +40,11 @@ def test_merge_sweep_goes_on_behind_what_is_finished(tmp_path, capsys):
         path.name: load_file(path / "model.safetensors")["w"][0].item() for path in (tmp_path / "sweep").iterdir()
     }
     assert merged == {"alpha-0.5": 2.0, "alpha-1": 1.0}
+    # Weights that six digits do not tell apart are two all the same.
+    assert axk1.main([*arguments[:4], "--alphas", "0.5", "0.50000001"]) == 0
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {*merged, "alpha-0.50000001"}
+    assert not is_merge_of(tmp_path / "sweep" / "alpha-0.5", *map(Path, arguments[1:3]), 0.50000001)
+    shutil.rmtree(tmp_path / "sweep" / "alpha-0.50000001")
     shutil.rmtree(tmp_path / "sweep" / "alpha-1")
     capsys.readouterr()
     assert axk1.main(arguments) == 0
@@ -103,6 +111,22 @@ def test_interrupted(monkeypatch, capsys):
     assert capsys.readouterr().err == "axk1: interrupted\n"
 
 
+@pytest.mark.parametrize("error", [ValueError("the reason"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+def test_an_error_is_said_below_the_bar_it_ended(monkeypatch, capsys, error):
+    bars = []
+
+    def train(**options):
+        bars.append(tqdm(total=3))
+        raise error
+
+    monkeypatch.setattr(axk1.training, "sft", train)
+    axk1.main(["sft"])
+    said = capsys.readouterr().err
+    bars.clear()
+    gc.collect()
+    assert said.splitlines()[-1].startswith("axk1: ") and "0/3" in said and not capsys.readouterr().err
+
+
 def test_info_of_a_preset_and_of_a_folder(tmp_path, capsys):
     assert axk1.main(["info", "k1"]) == 0
     preset = capsys.readouterr().out
@@ -110,6 +134,14 @@ def test_info_of_a_preset_and_of_a_folder(tmp_path, capsys):
     AxK1Config.preset("k1").save_pretrained(tmp_path)
     assert axk1.main(["info", str(tmp_path)]) == 0
     assert capsys.readouterr().out.replace(str(tmp_path), "k1") == preset
+
+
+def test_a_laptops_model_is_shown_in_its_own_units(capsys):
+    assert axk1.main(["info", "nano"]) == 0
+    assert "bf16           1.7 MB " in (said := capsys.readouterr().out) and "nf4            685.5 kB " in said
+    assert axk1.main(["plan", "serve", "nano", "--gpu", "h100"]) == 0
+    said = capsys.readouterr().out
+    assert "bf16 1.7 MB" in said and "tokens = 491.5 kB." in said and " GB " not in said
 
 
 @pytest.mark.parametrize(

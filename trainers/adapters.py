@@ -27,6 +27,8 @@ from modeling_axk1.quantization_axk1 import PackedExperts, expert_weights, is_fu
 logger = logging.getLogger(__name__)
 
 MATRICES = ("gate_up_proj", "down_proj")
+# Of PEFT's beginnings those that look at no weight.
+INITS = (True, False, "gaussian")
 # Parts of a model by the names on a linear layer's path; the first that fits counts.
 LINEAR_PARTS = {
     "attention": re.compile(r"\.(self_attn|self_attention|attention|attn)\.\w+$"),
@@ -126,6 +128,11 @@ def group_experts(config: PeftConfig | None, model: nn.Module) -> PeftConfig | N
         # It would need a mask of its own for every token-expert pair; PEFT refuses it, too.
         raise ValueError(
             f"lora_dropout={config.lora_dropout} is not available on routed experts; set it to 0 or leave them out."
+        )
+    if targeted and config.init_lora_weights not in INITS:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} begins from a linear layer's weight, which routed experts have not; "
+            f"use one of {', '.join(map(str, INITS))}."
         )
     if packed := [name for name, module in experts.items() if is_packed(module)]:
         return for_packed(config, model, packed, targeted)

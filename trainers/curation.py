@@ -26,9 +26,11 @@ reason, and `report.html`, `report.json`. Killed? Run the same command again: fi
 import collections
 import contextlib
 import fcntl
+import functools
 import inspect
 import json
 import os
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +90,8 @@ HASH = HashConfig(precision=64, hash_fc="sha1")
 # Repeating text up to four times is about as good as new text (Muennighoff et al. 2023, arXiv 2305.16264).
 MAX_REPEATS = 4.0
 SAMPLES = 3
+# The ids of the jobs that were queued on Slurm, a line each.
+QUEUE = ".jobs"
 
 # -- what a recipe may hold ---------------------------------------------------------------------------------------
 TABLE = tables.Kind("a table", lambda value: isinstance(value, dict))
@@ -355,8 +359,11 @@ def executors_of(recipe: Recipe, out: Path, stages: Sequence[Stage]) -> list[Pip
         common = {"pipeline": stage.steps, "tasks": stage.tasks, "logging_dir": str(out / "logs" / stage.name)}
         before = made[-1] if made else None
         if recipe.slurm:
+            slurm = {"job_id_position": -1} | recipe.slurm
+            note = functools.partial(_note_job, queue=str(out / QUEUE), position=slurm["job_id_position"])
             name = f"curate-{stage.name}"
-            made.append(SlurmPipelineExecutor(**common, depends=before, job_name=name, **recipe.slurm))
+            common |= {"job_name": name, "job_id_retriever": note}
+            made.append(SlurmPipelineExecutor(**common, depends=before, **slurm))
         else:
             workers = min(recipe.workers, stage.tasks)
             made.append(LocalPipelineExecutor(**common, depends=before, workers=workers))
@@ -366,11 +373,12 @@ def executors_of(recipe: Recipe, out: Path, stages: Sequence[Stage]) -> list[Pip
 def curate(recipe: Recipe) -> Path:
     """Run the recipe; returns the folder it wrote. On Slurm the jobs are queued, each waiting for the one before.
 
-    ValueError if the folder was begun with another recipe or other files, or if another process is at work in it.
+    ValueError if the folder was begun with another recipe or other files, or if another process or job is at work in it.
     """
     out = Path(recipe.out).resolve()
     stages = stages_of(recipe, out)
     with _alone_in(out):
+        _no_job_in(out)
         _claim(recipe, out)
         _run(recipe, out, stages)
     return out
@@ -379,8 +387,12 @@ def curate(recipe: Recipe) -> Path:
 def _run(recipe: Recipe, out: Path, stages: Sequence[Stage]) -> None:
     executors = executors_of(recipe, out, stages)
     if recipe.slurm:
-        executors[-1].run()
-        print(f"queued {len(stages)} jobs; {out / 'report.html'} is written by the last")
+        try:
+            executors[-1].run()
+        except subprocess.CalledProcessError as error:
+            raise ValueError(f"sbatch took no job, with status {error.returncode} (see above); mend `slurm`.") from error
+        queued = sum(executor.job_id != -1 for executor in executors)
+        print(f"queued {queued} jobs; {out / 'report.html'} is written by the last" if queued else f"{out} is done already")
         return
     with tqdm(total=len(stages), desc="curating", unit=" stages") as bar, open(os.devnull, "w") as nowhere:
         for stage, executor in zip(stages, executors, strict=True):
@@ -404,6 +416,37 @@ def _alone_in(out: Path) -> Iterator[None]:
         except OSError as error:
             raise ValueError(f"{out} cannot be locked ({error.strerror}); put `out` on a file system with locks.") from error
         yield
+
+
+def _note_job(said: str, queue: str, position: int) -> str:
+    """The id of a job that sbatch has just queued, noted at once: a kill between two jobs leaves none unknown."""
+    job = said.split()[position]
+    with open(queue, "a") as file:
+        file.write(job + "\n")
+    return job
+
+
+def _no_job_in(out: Path) -> None:
+    """ValueError while a job that an earlier call queued is there: two would write into the same files."""
+    queue = out / QUEUE
+    noted = set(queue.read_text().split()) if queue.exists() else set()
+    if not noted:
+        return
+    # Not --jobs, which fails for a single job that is gone. %F: of an array the number that sbatch gave.
+    try:
+        asked = subprocess.run(["squeue", "--noheader", "--format=%F"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(
+            f"{out} has jobs on Slurm ({_jobs(noted)}) and squeue cannot say whether any is left; remove {queue} if none is."
+        ) from error
+    if left := noted & set(asked.stdout.split()):
+        raise ValueError(f"{out} is being written by jobs on Slurm ({_jobs(left)}); wait for them, or end them with scancel.")
+    queue.unlink()
+
+
+def _jobs(ids: set[str]) -> str:
+    ordered = sorted(ids, key=lambda job: (len(job), job))
+    return " to ".join(dict.fromkeys([ordered[0], ordered[-1]]))
 
 
 def _claim(recipe: Recipe, out: Path) -> None:

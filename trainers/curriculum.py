@@ -150,8 +150,9 @@ class Curriculum:
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
-def load_curriculum(path: str | Path, scale: float = 1.0) -> Curriculum:
-    """The stages of a YAML file, checked, all of it shrunk by `scale`. ValueError says what to mend, in one sentence."""
+def load_curriculum(path: str | Path, scale: float = 1.0, rows: int = 1) -> Curriculum:
+    """The stages of a YAML file, checked, all of it shrunk by `scale` to batches of at least `rows`. ValueError says what to
+    mend, in one sentence."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is no file; give a YAML file with stages, such as recipes/k1_stages.yaml.")
@@ -159,10 +160,10 @@ def load_curriculum(path: str | Path, scale: float = 1.0) -> Curriculum:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML ({error}); mend it there.") from error
-    return read_curriculum(table, scale)
+    return read_curriculum(table, scale, rows)
 
 
-def read_curriculum(table: Mapping[str, Any], scale: float = 1.0) -> Curriculum:
+def read_curriculum(table: Mapping[str, Any], scale: float = 1.0, rows: int = 1) -> Curriculum:
     """The same of what YAML makes of such a file."""
     if not isinstance(table, Mapping) or not isinstance(table.get("stages"), list) or not table["stages"]:
         raise ValueError(
@@ -176,7 +177,7 @@ def read_curriculum(table: Mapping[str, Any], scale: float = 1.0) -> Curriculum:
     given = {name: table[name] for name in ("warmup_tokens", "decay_floor", "decay_shape") if name in table}
     curriculum = Curriculum(stages=stages, sources=sources, **given)
     check(curriculum)
-    return scaled(curriculum, scale)
+    return scaled(curriculum, scale, rows)
 
 
 def _stage(row: Mapping[str, Any], number: int) -> Stage:
@@ -269,9 +270,10 @@ def check_stage(stage: Stage) -> None:
 
 
 # -- shrinking ----------------------------------------------------------------------------------------------------
-def scaled(curriculum: Curriculum, scale: float) -> Curriculum:
+def scaled(curriculum: Curriculum, scale: float, rows: int = 1) -> Curriculum:
     """Every count of tokens times `scale`: stages, warm-up, ramps. Contexts and batches shrink, all by one power of two each,
-    only as far as a level of the shortest stage would otherwise hold no row, or no batch.
+    only as far as a level of the shortest stage would otherwise hold no batch, or a batch not the `rows` that ranks and
+    accumulation steps share.
 
     ValueError where even contexts of `SHORTEST_CONTEXT` tokens do not fit.
     """
@@ -282,15 +284,18 @@ def scaled(curriculum: Curriculum, scale: float) -> Curriculum:
         for s in curriculum.stages
     ]
     levels = [(s.tokens * level.share, level.length, s.batch_tokens) for s in stages for level in s.context]
-    shorter = _halvings((length, tokens) for tokens, length, _ in levels)
+    shorter = _halvings((rows * length, tokens) for tokens, length, _ in levels)
     smaller = max(shorter, _halvings((batch, tokens) for tokens, _, batch in levels))
+    if rows > 1:
+        shorter = max(shorter, _halvings((rows * length, batch >> smaller) for _, length, batch in levels))
     if scale == 1:
         shorter = smaller = 0
     shortest = min(length for _, length, _ in levels) >> shorter
     if scale < 1 and shortest < SHORTEST_CONTEXT:
+        shared = f" for {rows} ranks times accumulation steps" if rows > 1 else ""
         raise ValueError(
             f"At scale={scale:g} the smallest level has {min(tokens for tokens, _, _ in levels):,.0f} tokens and contexts would "
-            f"shrink to {shortest}; use a larger scale."
+            f"shrink to {shortest}{shared}; use a larger scale."
         )
     shrunk = [
         replace(
@@ -301,7 +306,7 @@ def scaled(curriculum: Curriculum, scale: float) -> Curriculum:
             ),
             batch_tokens=s.batch_tokens >> smaller,
             batch_tokens_start=s.batch_tokens_start
-            and max(s.batch_tokens_start >> smaller, s.context[-1].length >> shorter),
+            and max(s.batch_tokens_start >> smaller, rows * (s.context[-1].length >> shorter)),
         )
         for s in stages
     ]

@@ -158,10 +158,15 @@ class DapoGspoConfig(GRPOConfig):
             )
 
     def _require_aligned_checkpoints(self) -> None:
-        if self.save_strategy != "steps" or self.save_steps < 1:
+        if self.save_strategy != "steps":
             return
         every = math.lcm(self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps)
         updates = every // self.gradient_accumulation_steps
+        if self.save_steps < 1 and updates > 1:
+            raise ValueError(
+                f"save_steps={self.save_steps} is a share of the run, whose steps may fall between the {updates} updates of one "
+                f"generated batch, which a resumed run would not have; use a number of steps, a multiple of {updates}."
+            )
         if self.save_steps % updates:
             raise ValueError(
                 f"save_steps={self.save_steps} falls between the {updates} updates of one generated batch, which a "

@@ -104,13 +104,46 @@ def granularity() -> int:
     """One whole step coarser than the near-best range: 7.
 
     It does not shrink with the budget: of Tian et al.'s EL = A^(a + d log C + gamma (log G)^2 + beta log G) the best G has
-    log G = -beta / (2 gamma), without C.
+    log G = -beta / (2 gamma), without C. Krajewski et al.'s does (`granularity_by_loss`, shown beside it), and is far finer.
 
     The report gives stability under imperfect balance as its reason for 7. At equal active width the experts a token visits
     grow with G, so do the copies that are dispatched and the experts whose fullest one everybody waits for. No formula of the
     papers yields the number, and what the step costs their unpublished coefficients would say: it is our rule.
     """
     return BEST_GRANULARITY[0] - 1
+
+
+def granularity_by_loss(flops: float) -> float:
+    """2 * d_model / d_expert of least loss at `flops` (model FLOPs), unrounded.  [Krajewski et al., arXiv 2402.07871, 5.4 and 6]
+
+    L = c + (g/G^gamma + a)/N^alpha + b/D^beta over G, N and D: N all parameters of n blocks of width 64 n, with 64 times the
+    experts that a token visits; FLOPs 6 a visited parameter and 14 a router's. Their G is 4 * d_model / d_expert.
+    """
+    a, alpha, b, beta, g, gamma = 18.1, 0.115, 30.8, 0.147, 2.1, 0.58
+    expansion = 64
+
+    def loss(log_fine: float, log_blocks: float) -> float:
+        fine, blocks = math.exp(log_fine), math.exp(log_blocks)
+        width = 64 * blocks
+        parameters = (8 * expansion + 4) * width**2 * blocks
+        tokens = flops / ((12 * width**2 * 6 + width * expansion * fine * 14) * blocks)
+        return (g / fine**gamma + a) / parameters**alpha + b / tokens**beta
+
+    def best_blocks(log_fine: float) -> float:
+        return least(lambda log_blocks: loss(log_fine, log_blocks), 0.0, math.log(1e4))
+
+    return math.exp(least(lambda log_fine: loss(log_fine, best_blocks(log_fine)), 0.0, math.log(1e4))) / 2
+
+
+def least(function, low: float, high: float) -> float:
+    """Where a function that falls and then rises is least, by thirds."""
+    for _ in range(80):
+        third = (high - low) / 3
+        if function(low + third) < function(high - third):
+            high -= third
+        else:
+            low += third
+    return (low + high) / 2
 
 
 def vocabulary_by_flops(flops: float, hidden_size: int) -> float:
@@ -309,6 +342,7 @@ class Plan:
             "vocab_size_approach_2": vocabulary_by_parameters(nonvocab_active(config), config.hidden_size),
             "vocab_size_approach_3": vocabulary_by_loss(nonvocab_active(config), self.tokens, config.hidden_size),
             "granularity": 2 * config.hidden_size / config.moe_intermediate_size,
+            "granularity_by_loss": granularity_by_loss(self.tokens * self.flops_per_token),
             "routed_experts": config.n_routed_experts,
             "experts_per_token": config.num_experts_per_tok,
             "shared_experts": config.n_shared_experts,
@@ -363,6 +397,9 @@ class Plan:
             f"MoEs (here {counts['total'] / counts['active']:.1f}); Tian et al. [2507.17702] find sparser always better, and "
             "their coefficients were not to be had",
             self._why_granularity(),
+            f"granularity, by loss alone: {granularity_by_loss(trained):.1f} here, {granularity_by_loss(trained / 10):.1f} at "
+            "a tenth of the budget [Krajewski et al., 2402.07871, its 4 x width / expert halved]; shown, not used: it counts the "
+            "router's FLOPs but neither dispatch nor imbalance, for 64 times the experts that a token visits",
             f"shape: {config.num_hidden_layers} layers of {hidden}, width/depth {hidden / config.num_hidden_layers:.0f}: the "
             f"width whose depth at {published_aspect():.0f} (published MoEs with MLA) costs nearest to the budget, then the "
             "depth that spends it",

@@ -40,7 +40,7 @@ class PretrainArguments:
         metadata={"help": "Files for the sources that list none: each document goes to the one named in its `domain`."},
     )
     scale: float = field(
-        default=1.0, metadata={"help": "Factor on all tokens; contexts and batches shrink where they must."}
+        default=1.0, metadata={"help": "Factor on all tokens; contexts and batches shrink where they must, for the ranks too."}
     )
     dual_norm: bool | None = field(
         default=None,
@@ -151,7 +151,7 @@ def build_model(arguments: PretrainArguments, tokenizer, seed: int):
 def run_pretrain(settings: Sequence[str]) -> PretrainTrainer:
     """Train by the stages; model, tokenizer and report.html end in `output_dir`. SystemExit 143 where SIGTERM ended it early."""
     path, arguments, config = parse(settings)
-    curriculum = load_curriculum(path, arguments.scale)
+    curriculum = load_curriculum(path, arguments.scale, config.gradient_accumulation_steps * config.world_size)
     tokenizer = load_tokenizer(arguments)
     names = sorted({name for stage in curriculum.stages for name in stage.mixture})
     wanted = {name: curriculum.sources.get(name, ()) for name in names}

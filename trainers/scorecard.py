@@ -3,6 +3,7 @@
 Works for any causal LM whose tokenizer has the two control tokens and whose chat template ends a prompt with the mode's.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -107,13 +108,20 @@ def run_eval(
     rows = []
     for name in names:
         for mode in chosen:
-            path = out / f"{name.replace(':', '-').replace('/', '-').strip('-.')}.{mode}.json"
+            path = out / f"{file_stem(name)}.{mode}.json"
             if not path.exists():
                 measured = judge(model, tokenizer, name, MODES[mode], settings, batch_size, include_path)
                 write_whole(path, json.dumps(measured, indent=1))
             rows.append(json.loads(path.read_text()))
     write_results(out, settings, rows)
     return rows
+
+
+def file_stem(task: str) -> str:
+    """Of the file with a task's numbers. A task file is told by its content, not its path: changed in place, it is another."""
+    if task.endswith(".jsonl"):
+        return f"{Path(task).stem[:40]}.{hashlib.sha256(Path(task).read_bytes()).hexdigest()[:16]}"
+    return task.replace(":", "-").replace("/", "-").strip("-.")
 
 
 def parse_modes(modes: str) -> list[str]:

@@ -196,7 +196,7 @@ def _finished(out: Path) -> set[str]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(out, len(whole))
-    return {json.loads(line)["id"] for line in whole.decode().splitlines()}
+    return {json.loads(line)["id"] for line in whole.splitlines()}
 
 
 def run_synthesize(

@@ -32,7 +32,8 @@ def read_jsonl_task(path: str | Path, limit: int | None = None) -> Task:
     number is asked for, if the last number in it is that number. ValueError names a line that is not such a problem.
     """
     prompts, answers = [], []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines, which would part a question at U+2028 and its like: JSON may hold them as they are.
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if limit is not None and len(prompts) == limit:
             break
         if line.strip():

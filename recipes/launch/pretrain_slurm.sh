@@ -15,7 +15,7 @@ set -eu
 : "${STAGES:?a YAML file of stages}" "${DATA:?JSONL files of documents}" "${MODEL:?nano, light, k1 or a folder}"
 : "${TOKENIZER:?folder of the tokenizer}" "${OUT:?folder to write to}"
 # Ranks x ACCUMULATION share a batch. k1_stages.yaml has 16,777,216 tokens: 512 rows of 32,768, so 32 GPUs x 16 hold one row each at a
-# time, 32,768 tokens; without accumulation they would hold 524,288. With --scale, batches shrink: lower it as the message says.
+# time, 32,768 tokens; without accumulation they would hold 524,288. With --scale, batches shrink, and contexts too: then lower it.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$SLURM_GPUS_ON_NODE" --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" \
   --rdzv_endpoint "$head:29500" -m axk1 pretrain "$STAGES" --data $DATA --model "$MODEL" --tokenizer "$TOKENIZER" \

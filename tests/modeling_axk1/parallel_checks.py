@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.big_modeling import _attach_context_parallel_hooks
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -200,7 +201,7 @@ def check_pair(
     equal_heads: str,
     out: str,
     unlike: tuple[str, str],
-    mixtures: list[tuple[str, type]],
+    mixtures: list[tuple[str, type, str]],
     layouts: dict,
     ids: Tensor,
     mask: Tensor,
@@ -220,7 +221,7 @@ def ids_of_16(ids: Tensor) -> Tensor:
     return torch.cat([ids, ids], dim=1)[:, :16].contiguous()
 
 
-def infer_quantized(model: AxK1ForCausalLM, ids: Tensor) -> dict:
+def infer_quantized(model: AxK1ForCausalLM | PeftModel, ids: Tensor) -> dict:
     """Logits, tokens generated, and a loss with its gradients for all that is not quantised."""
     with torch.no_grad():
         found = {"logits": model(ids).logits, "tokens": model.generate(ids, max_new_tokens=6, do_sample=False)}
@@ -238,7 +239,7 @@ def refusal(act) -> str:
     return ""
 
 
-def check_quantized(path: str, kind: type, ids: Tensor) -> dict:
+def check_quantized(path: str, kind: type, adapter: str, ids: Tensor) -> dict:
     """On this rank: what a model infers and learns with quantised experts of the rank's own, which they are, what it refuses."""
     ranks = dist.get_world_size()
     ways = {"model_class": kind, "distributed_config": DistributedConfig(tp_size=ranks, ep_size=ranks)}
@@ -246,8 +247,22 @@ def check_quantized(path: str, kind: type, ids: Tensor) -> dict:
     acts = (lambda: model.save_pretrained("nowhere"), model.dequantize, lambda: lora_config(model, targets=["routed"]))
     names = [name for name in model.state_dict() if ".experts." in name]
     found = infer_quantized(model, ids) | {"experts": names, "refused": [refusal(act) for act in acts]}
+    tuned = adapted(model)
+    # On every rank: PEFT gathers what is cut over them, the vocabulary, and then leaves it out.
+    tuned.save_pretrained(adapter, is_main_process=dist.get_rank() == 0)
     half = load_quantized(path, BitsAndBytesConfig(**NF4), **ways, dtype=torch.bfloat16)
-    return found | {"held": quantized_model_bytes(half)}
+    return found | {"adapted": infer_quantized(tuned, ids), "held": quantized_model_bytes(half)}
+
+
+def adapted(model: AxK1ForCausalLM) -> PeftModel:
+    """Under an adapter beside the routed experts that changes the output, the same one on every rank."""
+    parts = ["attention", "shared"] if model.config.model_type == "axk1" else ["attention"]
+    tuned = get_peft_model(model, lora_config(model, targets=parts, r=4))
+    generator = torch.Generator().manual_seed(5)
+    for _, parameter in sorted(tuned.named_parameters()):
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.08, generator=generator)
+    return tuned.eval()
 
 
 def quantized_model_bytes(model: AxK1ForCausalLM) -> int:

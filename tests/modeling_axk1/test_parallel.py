@@ -26,6 +26,7 @@ from tests.modeling_axk1.parallel_checks import (
 from tests.random_models import YARN, ours, padded_ids
 from tests.ranks import run_on_ranks
 from tests.tolerances import CACHED_STEP, GRADIENT, PREFILL
+from trainers.adapters import load_adapter
 from trainers.pipeline import pipeline_schedule
 from trainers.serve_plan import PRECISIONS, SERVING_GPUS, layouts
 from trainers.sharding import four_bit_bytes, held_parameters, held_shapes
@@ -126,8 +127,9 @@ def sparse_copy(folder: Path, copy: Path) -> str:
 
 
 def mixtures_of(saved, out: Path) -> list[tuple[str, type]]:
-    """Folder and class, ours and another: MIXTURES."""
-    return [(str(saved[0]), AxK1ForCausalLM), (str(out / "qwen3_moe"), Qwen3MoeForCausalLM)]
+    """Folder, class, and where its adapter is saved, ours and another: MIXTURES."""
+    of = (str(saved[0]), AxK1ForCausalLM), (str(out / "qwen3_moe"), Qwen3MoeForCausalLM)
+    return [(*each, str(out / f"adapter-{name}")) for each, name in zip(of, MIXTURES, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +230,7 @@ def test_what_cannot_train_on_a_pipeline_is_refused(field, value, reason):
 def test_quantised_experts_dealt_to_ranks_infer_and_learn_as_in_one_process(saved, pair, place):
     """Each rank reads, quantises and runs half of them; what stands beside them is whole on both."""
     out, results = pair
-    path, kind = mixtures_of(saved, out)[place]
+    path, kind, adapter = mixtures_of(saved, out)[place]
     model = load_quantized(path, BitsAndBytesConfig(**NF4), model_class=kind)
     truth = infer_quantized(model, saved[1])
     for *_, found in results:
@@ -239,6 +241,14 @@ def test_quantised_experts_dealt_to_ranks_infer_and_learn_as_in_one_process(save
     first, second = (set(found[place]["experts"]) for *_, found in results)
     assert len(first) == len(second) and not first & second
     assert first | second == {name for name in model.state_dict() if ".experts." in name}
+    # LoRA on what stands beside them is whole on every rank, and saved from any.
+    tuned = infer_quantized(load_adapter(model.eval(), adapter, trainable=True).eval(), saved[1])
+    assert (tuned["logits"] - truth["logits"]).abs().max() > 100 * PREFILL, "the adapter does nothing"
+    for *_, found in results:
+        adapted = found[place]["adapted"]
+        torch.testing.assert_close(adapted["logits"], tuned["logits"], atol=PREFILL, rtol=0)
+        assert torch.equal(adapted["tokens"], tuned["tokens"])
+        assert_gradients_equal(adapted["gradients"], tuned["gradients"])
 
 
 def test_ranks_hold_the_predicted_bytes_in_4_bits(pair):

@@ -336,6 +336,8 @@ def test_one_call_does_it_for_any_mixture(kind, config, folder, tmp_path):
     expected = logits(model)
     model.save_pretrained(tmp_path / "bits")
     again = load_quantized(tmp_path / "bits")
+    with pytest.raises(ValueError, match="is not quantised; give a quantization_config"):
+        load_quantized(folder)
     assert torch.equal(logits(again), expected)
     again.dequantize().save_pretrained(tmp_path / "back")
     back = kind.from_pretrained(tmp_path / "back")

@@ -13,6 +13,8 @@ def checkpoint(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("serving") / "tiny-axk1"
     tokenizer = train_tokenizer(["The answer to 12 + 3 is 15.\n", "What is 4 * 5? Let me see.\n"] * 20, 330)
     config = tiny_chat_config(len(tokenizer))
+    # Room for the tools that a prompt spells out.
+    config.max_position_embeddings = 1024
     torch.manual_seed(0)
     model = AxK1ForCausalLM(config)
     # The model would only ever say these, so that its text is plain and the tags must be held off by force.

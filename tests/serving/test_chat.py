@@ -97,6 +97,24 @@ def test_interruption_drops_the_turn_only(talk):
     assert talk.messages == before
 
 
+def test_a_conversation_that_outgrew_the_model_is_told_and_goes_on(talk):
+    talk.say("2 + 3 " * 1000)
+    assert "and the model has 1,024 positions; /reset, or say less" in strip_colours(talk.shown.getvalue())
+    assert talk.messages == []
+    talk.say("one")
+    assert talk.messages[-1]["content"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1.0}, {"top_p": 2.0}, {"max_new_tokens": 0}, {"budget": -1}, {"dtype": "float3"}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_wrong_options_are_refused_before_the_model_is_read(wrong):
+    with pytest.raises(ValueError, match="=".join(map(str, *wrong.items())).replace("float3", "'float3'")):
+        run_chat("nowhere", **wrong)
+
+
 def test_unknown_commands_change_nothing(talk):
     for line in ("/budget", "/budget -3", "/budget many", "/what"):
         talk.command(line)

@@ -155,6 +155,56 @@ def test_a_request_without_messages_is_answered(served):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ({"messages": ["hi"]}, "messages[0] is 'hi'; give an object with role and content"),
+        ({"messages": [{"content": "hi"}]}, "give an object with role and content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0] has the content 5; give a text"),
+        ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages[0] has the part 'hi'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0] has the part"),
+        ({"messages": [{"role": "wizard", "content": "hi"}]}, "Unknown message role wizard"),
+        ({"messages": [{"role": "user", "content": "2 + 3 " * 3000}]}, "positions; shorten it"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs='x' is no table"),
+        ({"response_format": "json"}, "response_format 'json' is not enforced"),
+        ({"stop": 5}, "stop=5 is no text that can be met"),
+        ({"stop": [""]}, "is no text that can be met"),
+        ({"temperature": -1}, "temperature=-1 is not a number from 0"),
+        ({"thinking_budget": 1.5}, "thinking_budget=1.5 is not a number of tokens"),
+        ({"max_tokens": 0}, "max_tokens=0 is not a number of tokens from 1"),
+        ({"top_p": 2}, "top_p=2 is not a share"),
+        ({"logit_bias": {"a": 1}}, "is no table of token ids"),
+        ({"tool_choice": "required"}, "tool_choice='required' is not enforced"),
+        ({"presence_penalty": 1}, "presence_penalty is not read here"),
+        ({"top_logprobs": 3}, "logprobs are not given"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_no_request_is_one_sentence_before_anything_is_streamed(served, body, complaint, stream):
+    reply = httpx.post(f"{served[0].base_url}chat/completions", json=GREEDY | {"stream": stream} | body)
+    assert reply.status_code == 400 and complaint in reply.json()["error"]["message"]
+
+
+def test_a_body_that_is_no_object_and_a_wrong_path_are_told_in_openais_form(served):
+    for content in (b"{x", b"[1]", b"", b"\xff"):
+        reply = httpx.post(f"{served[0].base_url}chat/completions", content=content)
+        assert reply.status_code == 400 and "body is no JSON object" in reply.json()["error"]["message"]
+    assert httpx.get(f"{served[0].base_url}nothing").json()["error"]["message"] == "Not Found"
+
+
+def test_what_openais_clients_send_is_taken(served):
+    """Nulls, whole biases, no stop at all, tools that are not to be used, and the newer name of a system message."""
+    client, _ = served
+    plain = client.chat.completions.create(**GREEDY)
+    body = {"stop": [], "tool_choice": "none", "logit_bias": {"5": -100}, "top_p": None, "tools": [{"type": "function"}]}
+    reply = httpx.post(f"{client.base_url}chat/completions", json=GREEDY | body | {"chat_template_kwargs": None})
+    assert reply.status_code == 200 and reply.json()["usage"]["prompt_tokens"] == plain.usage.prompt_tokens
+    system = [client.chat.completions.create(**(GREEDY | {"messages": [{"role": role, "content": "Be brief."}, *QUESTION]}))
+              for role in ("system", "developer")]  # fmt: skip
+    assert system[0].choices[0].message == system[1].choices[0].message
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_keeps_nobody_waiting(served, stream, monkeypatch):
     client, tokenizer = served
     steps, generate = [], AxK1ForCausalLM.forward
@@ -182,6 +232,12 @@ def test_a_client_that_hangs_up_keeps_nobody_waiting(served, stream, monkeypatch
     done = len(steps)
     time.sleep(0.5)
     assert len(steps) == done
+
+
+@pytest.mark.parametrize("wrong", [{"port": 99_999}, {"temperature": -1.0}, {"top_p": 2.0}])
+def test_wrong_options_are_refused_before_the_model_is_read(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        run_server("nowhere", **wrong)
 
 
 def test_run_server_serves_the_folder(checkpoint, monkeypatch):

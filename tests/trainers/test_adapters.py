@@ -380,6 +380,9 @@ def test_wrong_targets_are_one_sentence():
     with pytest.raises(ValueError, match="lora_dropout=0.1 is not available on routed experts; set it to 0"):
         lora_config(model, lora_dropout=0.1)
     assert lora_config(model, ["attention"], lora_dropout=0.1).lora_dropout == 0.1
+    with pytest.raises(ValueError, match="init_lora_weights='pissa' begins from a linear layer's weight"):
+        lora_config(model, init_lora_weights="pissa")
+    assert lora_config(model, ["attention"], init_lora_weights="pissa").init_lora_weights == "pissa"
     tuned = random_lora(model)
     tuned.get_submodule("base_model.model.model.layers.0.mlp.experts").get_base_layer().requires_grad_(True)
     with pytest.raises(ValueError, match="trainable but get no gradient; freeze them"):

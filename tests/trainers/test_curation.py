@@ -250,7 +250,7 @@ def test_tasks_run_in_processes_of_their_own(planted, tmp_path):
     assert [len(_rows(path)) for path in sorted((tmp_path / "work" / "filtered").iterdir())] == [20, 20]
 
 
-def test_slurm_runs_the_same_recipe(curated, planted, tmp_path, monkeypatch):
+def test_slurm_runs_the_same_recipe(curated, planted, tmp_path, monkeypatch, capsys):
     """sbatch is a stand-in that notes its job; each queued executor is then run as its array tasks would run it."""
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -258,12 +258,21 @@ def test_slurm_runs_the_same_recipe(curated, planted, tmp_path, monkeypatch):
     scripts = {
         "sbatch": f'echo "$@" >> {jobs}; n=$(wc -l < {jobs}); cat "${{@: -1}}" > {tmp_path}/job-$n; echo Submitted batch job $n',
         "scontrol": "echo node1",
+        "squeue": f"cat {tmp_path}/left",
     }
     for name, script in scripts.items():
         (programs / name).write_text(f"#!/bin/bash\n{script}\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    out = curate(recipe_of(planted[0], tmp_path / "out", slurm={"partition": "cpu", "time": "1:00:00"}))
+    recipe = recipe_of(planted[0], tmp_path / "out", slurm={"partition": "cpu", "time": "1:00:00"})
+    out = curate(recipe)
+    for here in (recipe, recipe_of(planted[0], tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"jobs on Slurm \(1 to 22\) and squeue cannot say"):
+            curate(here)
+        (tmp_path / "left").write_text("7\n7\n22\n301\n")
+        with pytest.raises(ValueError, match=r"is being written by jobs on Slurm \(7 to 22\); wait for them"):
+            curate(here)
+        (tmp_path / "left").unlink()
     queued = [line for line in jobs.read_text().splitlines() if "RUN_OFFSET" in line]
     assert len(queued) == 11 and "dependency" not in queued[0]
     assert all("--dependency=afterok:" in line for line in queued[1:])
@@ -280,6 +289,19 @@ def test_slurm_runs_the_same_recipe(curated, planted, tmp_path, monkeypatch):
             monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
             executor.run() if task == 0 else dill.loads((stage / "executor.pik").read_bytes()).run()
     same_files(out, curated)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+    (tmp_path / "left").write_text("301\n")
+    capsys.readouterr()
+    curate(recipe)
+    assert f"{out} is done already" in capsys.readouterr().out and not (out / ".jobs").exists()
+
+
+def test_a_job_that_slurm_refuses_is_one_sentence(planted, tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text("#!/bin/bash\nexit 3\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(ValueError, match="sbatch took no job, with status 3"):
+        curate(recipe_of(planted[0], tmp_path / "out", slurm={"partition": "none", "time": "1:00:00"}))
 
 
 def test_a_folder_belongs_to_one_recipe(curated, planted, capsys):

@@ -44,6 +44,18 @@ def test_scaling_keeps_proportions(scale):
         assert {step.level for step in plan_steps(small) if step.stage == 2} == {0, 1, 2}, "every level is trained"
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-9])
+def test_scaled_down_a_batch_still_has_a_row_for_each_of_two_ranks(scale):
+    small = load_curriculum(K1, scale, rows=2)
+    steps = list(plan_steps(small, 2))
+    assert all(step.rows % 2 == 0 for step in steps) and {step.level for step in steps if step.stage == 2} == {0, 1, 2}
+    assert [s.tokens for s in small.stages] == [s.tokens for s in load_curriculum(K1, scale).stages]
+    assert all(step.rows % 3 == 0 for step in plan_steps(load_curriculum(K1, 3e-7, rows=3), 3)), "batches below their level"
+    assert (small == load_curriculum(K1, scale)) == (scale == 1e-6), "contexts shrink no further than they must"
+    with pytest.raises(ValueError, match="contexts would shrink to 0 for 64 ranks times accumulation steps; use a larger"):
+        load_curriculum(K1, 1e-9, rows=64)
+
+
 def test_steps_cover_the_tokens():
     c = read_curriculum(
         table(

@@ -52,8 +52,19 @@ def test_a_tenth_of_the_budget_shrinks_everything(k1, tenth):
     # All but the granularity, of which the law's best is the same at any compute: so the plan says.
     assert (small["granularity"], large["granularity"]) == (7, 7)
     assert "a smaller budget does not shrink it: 7 exactly, nothing is rounded" in planning.text_of_plan(tenth)
+    # The other law, shown beside: finer with compute.
+    assert 0.7 < small["granularity_by_loss"] / large["granularity_by_loss"] < 0.85
     # Parameters and tokens share the compute equally: each falls with its square root.
     assert small["total_parameters"] / large["total_parameters"] == pytest.approx(10**-0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flops", "granularity"),
+    [(2.95e18, 8), (1.93e20, 16), (1.41e21, 16), (6.46e21, 32), (4.16e23, 32), (5.69e24, 64), (4.97e25, 64)],
+)
+def test_granularity_by_loss_is_its_papers_table(flops, granularity):
+    """Table 2 of Krajewski et al., whose G is a power of two and twice ours."""
+    assert round(math.log2(2 * planning.granularity_by_loss(flops))) == math.log2(granularity)
 
 
 def test_accounting_adds_up(k1):

@@ -83,6 +83,17 @@ def test_finished_tasks_are_kept_and_settings_do_not_mix(checkpoint, problems, t
         run(trained, [problems], tmp_path / "second", modes="no-think")
 
 
+def test_a_task_file_changed_in_place_is_another_task(checkpoint, problems, tmp_path):
+    # Longer than a file's name may be.
+    elsewhere = tmp_path / ("else" * 40) / ("where" * 40)
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "problems.jsonl").write_text(json.dumps(LINES[0]))
+    [one] = run(checkpoint, [str(elsewhere / "problems.jsonl")], tmp_path / "out", modes="think")
+    Path(elsewhere / "problems.jsonl").write_text(Path(problems).read_text())
+    [all_of_them] = run(checkpoint, [str(elsewhere / "problems.jsonl")], tmp_path / "out", modes="think")
+    assert (one["problems"], all_of_them["problems"]) == (1, len(LINES))
+
+
 def test_a_refused_command_does_not_claim_the_folder(checkpoint, problems, tmp_path):
     with pytest.raises(ValueError, match="no such family"):
         run(checkpoint, ["reasoning-gym:nosuch"], tmp_path / "out")

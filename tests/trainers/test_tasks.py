@@ -85,6 +85,12 @@ def test_a_line_that_is_no_problem_is_named(tmp_path, line):
         read_jsonl_task(path)
 
 
+def test_a_question_may_hold_a_line_separator_of_unicode(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "one\u2028two\x85?", "answer": "3"}\n', encoding="utf-8")
+    [[message]] = read_jsonl_task(tmp_path / "a.jsonl").prompts
+    assert message["content"] == "one\u2028two\x85?"
+
+
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "none.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no problem"):

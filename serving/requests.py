@@ -1,0 +1,118 @@
+"""What may a chat request hold?  OpenAI's fields, checked; what transformers' serving would drop without a word is refused."""
+
+import math
+from collections.abc import Callable
+
+# OpenAI's names. All but the first mean thinking: A.X K1 has two modes, the budget bounds the thought.
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+DROPPED = ("functions", "function_call", "audio", "prediction", "web_search_options", "presence_penalty")
+
+
+def _whole(least: int) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(least: float, most: float) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+NUMBERS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "temperature": ("a number from 0", _number(0, 1e6)),
+    "top_p": ("a share from 0 to 1", _number(0, 1)),
+    "frequency_penalty": ("a number from -2 to 2", _number(-2, 2)),
+    "seed": ("a whole number", _whole(-math.inf)),
+    "max_tokens": ("a number of tokens from 1", _whole(1)),
+    "max_completion_tokens": ("a number of tokens from 1", _whole(1)),
+    "thinking_budget": ("a number of tokens from 0", _whole(0)),
+}
+
+
+def read_request(body: dict) -> dict:
+    """The request as transformers' serving takes it: nulls left out, the mode in `chat_template_kwargs`.
+
+    ValueError for what is no request, and for what would not be done.
+    """
+    body = {name: value for name, value in body.items() if value is not None}
+    body |= {"messages": _messages(body.get("messages"))}
+    _refuse_unmet(body)
+    for name, (words, fits) in NUMBERS.items():
+        if name in body and not fits(body[name]):
+            raise ValueError(f"{name}={body[name]!r} is not {words}.")
+    return _with_mode(_with_tools(_with_biases(_with_stop(body))))
+
+
+def _messages(messages: object) -> list[dict]:
+    if not isinstance(messages, list):
+        raise ValueError(f"messages={messages!r} is no conversation; give a list of messages with role and content.")
+    return [_message(f"messages[{place}]", message) for place, message in enumerate(messages)]
+
+
+def _message(where: str, message: object) -> dict:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{where} is {message!r}; give an object with role and content.")
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise ValueError(f"content of type {kind} is not read; this model takes text.")
+            if kind is None or not isinstance(part.get("text"), str):
+                raise ValueError(f'{where} has the part {part!r}; give {{"type": "text", "text": ...}}.')
+    elif content is not None and not isinstance(content, str):
+        raise ValueError(f"{where} has the content {content!r}; give a text.")
+    # OpenAI's newer name.
+    return message | {"role": "system"} if message["role"] == "developer" else message
+
+
+def _refuse_unmet(body: dict) -> None:
+    if body.get("n", 1) != 1:
+        raise ValueError(f"n={body['n']} answers were asked for and one is given; leave n out and ask again.")
+    if body.get("logprobs") or body.get("top_logprobs"):
+        raise ValueError("logprobs are not given; leave them out.")
+    form = body.get("response_format", {"type": "text"})
+    form = form.get("type") if isinstance(form, dict) else form
+    if form != "text":
+        raise ValueError(f"response_format {form!r} is not enforced here; leave it out and ask for it in words.")
+    if unread := [name for name in DROPPED if body.get(name)]:
+        raise ValueError(f"{unread[0]} is not read here; leave it out.")
+
+
+def _with_stop(body: dict) -> dict:
+    stop = body.get("stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"stop={body['stop']!r} is no text that can be met; give one, or a list of them.")
+    rest = {name: value for name, value in body.items() if name != "stop"}
+    return rest | {"stop": stop} if stop else rest
+
+
+def _with_biases(body: dict) -> dict:
+    """Whole numbers, which are most of OpenAI's biases, as transformers takes them."""
+    biases = body.get("logit_bias", {})
+    fits = _number(-math.inf, math.inf)
+    if not isinstance(biases, dict) or not all(token.isdecimal() and fits(bias) for token, bias in biases.items()):
+        raise ValueError(f"logit_bias={biases!r} is no table of token ids with a number each.")
+    return body | {"logit_bias": {token: float(bias) for token, bias in biases.items()}} if biases else body
+
+
+def _with_tools(body: dict) -> dict:
+    choice = body.get("tool_choice", "auto")
+    if choice not in ("auto", "none"):
+        raise ValueError(f"tool_choice={choice!r} is not enforced here; use auto or none.")
+    return {name: value for name, value in body.items() if choice == "auto" or name != "tools"}
+
+
+def _with_mode(body: dict) -> dict:
+    """`body` with `reasoning_effort` turned into `enable_thinking`: "none" is off, any other effort on."""
+    template = body.get("chat_template_kwargs", {})
+    if not isinstance(template, dict):
+        raise ValueError(f"chat_template_kwargs={template!r} is no table; give such as {{\"enable_thinking\": true}}.")
+    if not isinstance(template.get("enable_thinking", False), bool):
+        raise ValueError(f"enable_thinking={template['enable_thinking']!r} names no mode; use true or false.")
+    effort = body.get("reasoning_effort")
+    if effort is None:
+        return body
+    if effort not in EFFORTS:
+        raise ValueError(f"reasoning_effort={effort!r} is unknown; use one of {', '.join(EFFORTS)}.")
+    body = {key: value for key, value in body.items() if key != "reasoning_effort"}
+    return body | {"chat_template_kwargs": {"enable_thinking": effort != "none"} | template}
