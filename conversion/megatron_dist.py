@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from conversion.checkpoint import HashedFile, OutFile, deal, file_block_bytes
+from conversion.checkpoint import HashedFile, OutFile, deal
 from conversion.megatron import LAYER, MegatronSource, arguments_in, drop_state, said_of
 from conversion.ops import Mosaic, Tile, cat, filled, narrow, unstack
 from conversion.torch_file import MAX_DIMENSIONS, Inert, is_size, numbers_in, open_pickle, open_torch_file, shown
@@ -245,10 +245,10 @@ class DistFiles:
     iteration: int
     shard_bytes: int
 
-    def files(self) -> list[OutFile]:
+    def files(self, block_bytes: int) -> list[OutFile]:
         """The .distcp files; `finish` writes what lies beside them."""
         state = [torch.empty(0, dtype=torch.uint8) if self.transformer_engine else None]
-        write = partial(write_chunks, state=state, block_bytes=file_block_bytes(self.tensors.values()))
+        write = partial(write_chunks, state=state, block_bytes=block_bytes)
         return [
             OutFile(name, sum(chunk.nbytes for chunk in chunks), partial(write, chunks=chunks))
             for name, chunks in self._groups().items()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conversion.checkpoint import HashedFile, OutFile, file_block_bytes, listed
+from conversion.checkpoint import HashedFile, OutFile, listed
 from conversion.config_map import DESCRIBING
 from conversion.megatron import MegatronSource, arguments_in, drop_state, listed_ranks, said_of
 from conversion.ops import Mosaic, filled, narrow, reshape, swap, unstack
@@ -335,9 +335,8 @@ class RankFiles:
     # From megatron-core 0.17 on a rank file says mtp_model_layer; torch_dist never does.
     mtp_layer_name: str = "transformer_layer"
 
-    def files(self) -> list[OutFile]:
+    def files(self, block_bytes: int) -> list[OutFile]:
         shards = {row.megatron: self._shards(row) for row in self.rows}
-        block_bytes = file_block_bytes(self.tensors.values())
         files = []
         for stage in range(self.layout.pp):
             for tp, ep in self.layout.ranks():

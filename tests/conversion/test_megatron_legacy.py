@@ -11,7 +11,7 @@ from conversion.megatron import find_iteration
 from conversion.megatron_legacy import EMBEDDING, HEAD, Layout, check_layout, open_legacy, stage_layers
 from conversion.weight_map import POST_NORM_NAMES
 from modeling_axk1 import AxK1Config
-from tests.conversion.megatron_files import FIXTURES, load_rank_file, models_in
+from tests.conversion.megatron_files import FIXTURES, group_experts, load_rank_file, models_in
 
 # The layout, and the arguments that write it.
 WRITTEN = {
@@ -255,18 +255,8 @@ def test_grouped_experts_split_otherwise_than_attention(tmp_path, layout):
     """GroupedMLP over fewer tensor-parallel ranks, and over expert ranks: a rank's experts transposed, one behind the other."""
     source = FIXTURES / "tp1_pp1_ep1" / "legacy"
     convert_to_megatron(source, tmp_path / "out", format="legacy", progress=False, **layout)
-
-    def group(file):
-        model = file["model"]
-        for layer in range(1, 4):
-            experts = f"decoder.layers.{layer}.mlp.experts."
-            for number, shape in {1: (64, -1), 2: (-1, 64)}.items():
-                names = [name for name in model if name.startswith(experts) and f"fc{number}.weight" in name]
-                matrices = [model.pop(name).t() for name in names]
-                model[f"{experts}weight{number}"] = torch.stack(matrices).reshape(shape)
-
     for path in (tmp_path / "out").rglob("*.pt"):
-        edit(path, group)
+        edit(path, lambda file: group_experts(file["model"], 64))
     assert verify(source, tmp_path / "out", progress=False) == []
 
 
