@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conversion import convert_to_hf, convert_to_megatron, verify
+from conversion.convert import open_any
 from conversion.megatron import find_iteration
 from conversion.megatron_legacy import EMBEDDING, HEAD, Layout, check_layout, open_legacy, stage_layers
 from conversion.weight_map import POST_NORM_NAMES
@@ -185,6 +186,20 @@ def _without(prefix):
         file["model"] = {name: tensor for name, tensor in file["model"].items() if not name.startswith(prefix)}
 
     return drop
+
+
+def test_a_norm_of_whole_numbers_is_refused_and_the_routers_dtypes_are_kept(tmp_path):
+    shutil.copytree(FIXTURES / "tp1_pp1_ep1" / "legacy", tmp_path / "source")
+    (path,) = (tmp_path / "source").rglob("*.pt")
+    norm, router = "decoder.layers.1.input_layernorm.weight", "decoder.layers.1.mlp.router."
+    edit(path, lambda file: file["model"].update({f"{router}weight": file["model"][f"{router}weight"].double()}))
+    edit(path, lambda file: file["model"].update({f"{router}expert_bias": file["model"][f"{router}expert_bias"].half()}))
+    opened = open_any(tmp_path / "source").tensors
+    assert opened["model.layers.1.mlp.gate.weight"].dtype == torch.float64
+    assert opened["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float16
+    edit(path, lambda file: file["model"].update({norm: file["model"][norm].long()}))
+    with pytest.raises(ValueError, match=rf"{tmp_path}.* holds {norm} \(torch.int64\) where the model has weights"):
+        open_any(tmp_path / "source")
 
 
 @pytest.mark.parametrize(
