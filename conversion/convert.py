@@ -43,6 +43,7 @@ from conversion.megatron import TRACKER, all_post_norm_names, assemble, config_o
 from conversion.megatron_dist import DistFiles, arguments_of_dist, open_dist
 from conversion.megatron_legacy import Layout, RankFiles, arguments_of_legacy, check_layout, open_legacy, stage_layers
 from conversion.ops import Mosaic, Rooms, blocks, cat, filled, largest_piece, lent_bytes, same_bits, still_there, stored
+from conversion.torch_file import shown
 from conversion.weight_map import VOCAB, Row, add_absent, hf_to_megatron, megatron_to_hf, rows_of
 from modeling_axk1.configuration_axk1 import AxK1Config
 from modeling_axk1.generation_axk1 import set_thinking_tokens
@@ -173,7 +174,7 @@ def _open_hf(folder: Path) -> Opened:
 def _open_megatron(folder: Path, reading: Reading) -> Opened:
     kind, names = kind_of(folder), all_post_norm_names(reading.post_norm)
     if kind not in ("legacy", "torch_dist"):
-        raise ValueError(f"{folder} is of the format {kind!r}; save it as torch_dist, or as legacy rank files (torch).")
+        raise ValueError(f"{folder} is of the format {shown(kind)[:40]}; save it as torch_dist, or as legacy rank files (torch).")
     opener = open_legacy if kind == "legacy" else open_dist
     source = opener(folder, names, reading.drop_fp8_state)
     base = AxK1Config.from_pretrained(reading.config) if reading.config else None
@@ -752,9 +753,9 @@ def _megatron_facts(folder: Path) -> dict[str, Any]:
         args = arguments_of_legacy(folder) if kind == "legacy" else arguments_of_dist(folder)
     except ValueError:
         return {"format": kind}
-    layout = Layout.of(args)
+    layout, spec = Layout.of(args), args.get("transformer_impl")
     return {
         "format": kind,
         "layout": f"TP{layout.tp} PP{layout.pp} VPP{layout.vpp} EP{layout.ep} ETP{layout.etp}",
-        "spec": args.get("transformer_impl"),
+        "spec": spec if spec in (None, "local", "transformer_engine") else shown(spec)[:40],
     }

@@ -37,7 +37,7 @@ from modeling_axk1.configuration_axk1 import AxK1Config
 
 # Of the trained state, only the model is read; what these name is not even opened.
 # (A MoE's optimizer is two in a chain, for dense parameters and for experts.)
-SKIPPED = re.compile(r"(chained_\d+|optimizer|rng_state|rerun_state_machine_state|opt_param_scheduler)\b.*")
+SKIPPED = re.compile(r"(chained_\d{1,4}|optimizer|rng_state|rerun_state_machine_state|opt_param_scheduler)\b.*")
 COMMON_STATE = re.compile(r"common_state/shard_\d+_\d+")
 STACKED_LAYERS = re.compile(r"(decoder\.layers\.)([a-z_]\w*\..+)")
 STACKED_EXPERTS = re.compile(r"(.+\.mlp\.experts\.)experts\.(linear_fc[12]\.weight)")
@@ -55,8 +55,8 @@ def open_dist(folder: Path, post_norm_names: tuple[str, ...], drop_fp8_state: bo
     common = read_common(folder, places)
     source = MegatronSource(folder, "torch_dist", arguments_in(common["args"]))
     source.facts = said_of(common, folder)
-    skipped = {name for name in entries if SKIPPED.match(name)}
-    source.facts["skipped"] = sorted({re.split(r"[./]", name)[0] for name in skipped})
+    skipped = {name: found[1] for name in entries if (found := SKIPPED.match(name))}
+    source.facts["skipped"] = sorted(set(skipped.values()))
     names = [name for name in entries if name not in skipped]
     is_tensor = {name: hasattr(entries[name], "chunks") for name in names}
     for name in names:

@@ -1,5 +1,6 @@
 """Does a checkpoint get from Megatron to Hugging Face and back without losing a bit, whatever happens on the way?"""
 
+import argparse
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AXK1ForCausalLM
 
 import axk1
-from conversion import Reading, convert_to_hf, convert_to_megatron, inspect, to_hf, verify
+from conversion import Reading, convert_to_hf, convert_to_megatron, inspect, to_hf, to_megatron, verify
 from conversion.checkpoint import HashedFile, TensorSpec, plan_shards, shard_header, write_index
 from conversion.convert import Conversion
 from conversion.weight_map import rows_of
@@ -302,6 +303,30 @@ def test_inspect_says_what_it_is(tmp_path):
     assert "lacks the rank files mp_rank_01" in broken["problem"] and broken["layout"].startswith("TP2")
     convert_to_hf(SOURCE, tmp_path / "hf", progress=False)
     assert inspect(tmp_path / "hf")["parameters"] == inspect(SOURCE)["parameters"] == 252_256
+
+
+def test_inspect_prints_no_more_of_a_hostile_text_than_a_line(tmp_path):
+    source = FIXTURES / "tp1_pp1_ep1" / "legacy"
+    shutil.copytree(source, tmp_path / "source")
+    (path,) = (tmp_path / "source").rglob("*.pt")
+    file = load_rank_file(path)
+    file["args"] = argparse.Namespace(
+        **{name: value for name, value in vars(file["args"]).items() if name not in ("attention_backend", "model_type")}
+    )
+    file["args"].transformer_impl = "\x1b[2J" + "x" * 10**5
+    torch.save(file, path)
+    assert inspect(tmp_path / "source")["spec"] == repr("\x1b[2J" + "x" * 10**5)[:40]
+    assert inspect(source)["spec"] == "local"
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn, torch.bool], ids=str)
+def test_what_is_no_weights_dtype_is_refused_both_ways(tmp_path, dtype):
+    """A norm of whole numbers would be loaded as such, and scale by them."""
+    hf = saved_model(tmp_path / "hf")
+    name = "model.layers.1.input_layernorm.weight"
+    save_file(load_folder(hf) | {name: torch.ones(56).to(dtype)}, hf / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"Face checkpoint holds {name} \({dtype}\) where the model has weights"):
+        to_megatron(hf, tmp_path / "out")
 
 
 def test_verify_finds_one_bit(tmp_path):
