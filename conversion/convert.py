@@ -173,6 +173,11 @@ def _open_hf(folder: Path) -> Opened:
 
 def _open_megatron(folder: Path, reading: Reading) -> Opened:
     kind, names = kind_of(folder), all_post_norm_names(reading.post_norm)
+    if kind is None:
+        raise ValueError(
+            f"{folder} holds neither .metadata and metadata.json nor rank files: its save broke off, or they were not fetched; "
+            "fetch them, or take an earlier iteration."
+        )
     if kind not in ("legacy", "torch_dist"):
         raise ValueError(f"{folder} is of the format {shown(kind)[:40]}; save it as torch_dist, or as legacy rank files (torch).")
     opener = open_legacy if kind == "legacy" else open_dist
@@ -756,6 +761,6 @@ def _megatron_facts(folder: Path) -> dict[str, Any]:
     layout, spec = Layout.of(args), args.get("transformer_impl")
     return {
         "format": kind,
-        "layout": f"TP{layout.tp} PP{layout.pp} VPP{layout.vpp} EP{layout.ep} ETP{layout.etp}",
+        "layout": str(layout),
         "spec": spec if spec in (None, "local", "transformer_engine") else shown(spec)[:40],
     }

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from conversion.checkpoint import HashedFile, OutFile, deal
-from conversion.megatron import LAYER, MegatronSource, arguments_in, drop_state, said_of
+from conversion.megatron import LAYER, MegatronSource, arguments_in, drop_state, no_arguments, said_of
 from conversion.ops import Mosaic, Tile, cat, filled, narrow, unstack
 from conversion.torch_file import MAX_DIMENSIONS, Inert, is_size, numbers_in, open_pickle, open_torch_file, shown
 from conversion.torch_writer import Frame, frame_of
@@ -120,17 +120,15 @@ def read_common(folder: Path, places: dict) -> dict[str, Any]:
         if isinstance(common, list) and len(common) == 1:
             common = common[0]
     if not isinstance(common, dict) or not isinstance(common.get("args"), Inert):
-        raise ValueError(f"{where} holds no Megatron arguments; it is not a model checkpoint of Megatron-LM.")
+        raise ValueError(no_arguments(where, common))
     return common
 
 
 def read_tensor(folder: Path, name: str, entry: Inert, places: dict) -> Mosaic:
     """A tensor as its chunks. Whether they cover it is checked where the whole is put together."""
-    state = entry.properties.state
-    dtype = state[0] if isinstance(state, tuple) else state.get("dtype")
+    dtype, size, chunks = _described(folder, name, entry)
     tiles: list[Tile] = []
-    for chunk in entry.chunks:
-        offsets, sizes = _sizes(chunk.offsets), _sizes(chunk.sizes)
+    for offsets, sizes in chunks:
         info = places.get((name, offsets))
         found = open_torch_file(*_place(folder, name, info))
         if not isinstance(found, Mosaic) or (found.dtype, found.shape) != (dtype, sizes):
@@ -139,11 +137,23 @@ def read_tensor(folder: Path, name: str, entry: Inert, places: dict) -> Mosaic:
                 "that .metadata says; the file belongs to another checkpoint."
             )
         tiles += [replace(tile, origin=offsets) for tile in found.tiles]
-    tensor = Mosaic(dtype, _sizes(entry.size), tuple(tiles))
+    tensor = Mosaic(dtype, size, tuple(tiles))
     # Before it is cut into its layers and experts, as many as it says; that no two overlap is seen where the parts are joined.
     if sum(tile.elements for tile in tiles) != tensor.elements:
-        raise ValueError(f"{folder}: the chunks of {name} do not cover its shape {list(entry.size)}; one is missing.")
+        raise ValueError(f"{folder}: the chunks of {name} do not cover its shape {list(size)}; one is missing.")
     return tensor
+
+
+def _described(folder: Path, name: str, entry: Inert) -> tuple[Any, tuple[int, ...], list[tuple[tuple[int, ...], ...]]]:
+    """What .metadata says of a tensor: dtype, shape, and (first entry, shape) of each chunk."""
+    try:
+        state = entry.properties.state
+        dtype = state[0] if isinstance(state, tuple) else state.get("dtype")
+        return dtype, _sizes(entry.size), [(_sizes(chunk.offsets), _sizes(chunk.sizes)) for chunk in entry.chunks]
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{folder / '.metadata'} describes {name} as no version of torch does ({error}); it is damaged, fetch it again."
+        ) from error
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
@@ -159,18 +169,16 @@ def _place(folder: Path, name: str, info: Inert | None) -> tuple[Path, int, int]
         raise ValueError(
             f"{folder / '.metadata'} does not say where a chunk of {name} is; the checkpoint is incomplete."
         )
-    relative = info.relative_path
+    relative, offset, length = (getattr(info, part, None) for part in ("relative_path", "offset", "length"))
     if not isinstance(relative, str) or Path(relative).name != relative or relative in ("", ".", ".."):
         raise ValueError(f"{folder / '.metadata'} places {name} at {shown(relative)}; only files beside it are read.")
     if descriptors := getattr(info, "transform_descriptors", None):
         raise ValueError(f"{folder / relative}: {name} is stored as {shown(descriptors)}; save it plain.")
     if not (folder / relative).is_file():
         raise ValueError(f"{folder / relative} is missing, but .metadata places {name} in it; fetch it.")
-    if not (is_size(info.offset) and is_size(info.length)):
-        raise ValueError(
-            f"{folder / '.metadata'} places {name} at byte {shown(info.offset)} + {shown(info.length)}; it is damaged."
-        )
-    return folder / relative, info.offset, info.length
+    if not (is_size(offset) and is_size(length)):
+        raise ValueError(f"{folder / '.metadata'} places {name} at byte {shown(offset)} + {shown(length)}; it is damaged.")
+    return folder / relative, offset, length
 
 
 def _joined_halves(tensors: dict[str, Mosaic]) -> dict[str, Mosaic]:

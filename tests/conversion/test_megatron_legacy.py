@@ -14,6 +14,7 @@ from conversion.weight_map import POST_NORM_NAMES
 from modeling_axk1 import AxK1Config
 from tests.conversion.megatron_files import FIXTURES, group_experts, load_rank_file, models_in
 
+MOE = "decoder.layers.1.mlp."
 # The layout, and the arguments that write it.
 WRITTEN = {
     "tp1_pp1_ep1": {},
@@ -174,6 +175,11 @@ def test_the_last_stages_copies_of_the_embedding_are_compared(tied, name):
 def test_the_last_stage_holds_the_embedding_for_whoever_needs_it(tied, tmp_path, left_out, needed):
     """The prediction layer under its own name, a tied head under the head's."""
     edit(last_stage(tied), _without(left_out))
+    if left_out == "mtp.":
+        with pytest.raises(ValueError, match="holds 0 prediction layers, its arguments say mtp_num_layers=1"):
+            verify(tied, tied, progress=False)
+        for path in tied.rglob("*.pt"):
+            edit(path, lambda file: setattr(file["args"], "mtp_num_layers", None))
     convert_to_megatron(tied, tmp_path / "out", format="legacy", pp=2, vocab_divisor=16, progress=False)
     assert {EMBEDDING, HEAD} & load_rank_file(last_stage(tmp_path / "out"))["model"].keys() == needed
     assert verify(tied, tmp_path / "out", progress=False) == []
@@ -328,13 +334,65 @@ def test_every_rank_has_to_agree_on_what_all_of_them_hold(copied, tmp_path):
     [
         (lambda file: file.update({"iteration": 77}), r"iteration \(77 and 10\)"),
         (lambda file: setattr(file["args"], "rotary_base", 5), r"rotary_base \(5 and 10000\)"),
-        (lambda file: setattr(file["args"], "expert_model_parallel_size", 1), "layout"),
+        (lambda file: setattr(file["args"], "expert_model_parallel_size", 1), "layout .'TP2 PP2 VPP1 EP1 ETP1' and 'TP2"),
+        (lambda file: setattr(file["args"], "bf16", True), r"bf16 \(True and False\); fetch the one"),
     ],
 )
 def test_rank_files_of_two_checkpoints_do_not_mix(copied, change, complaint):
     edit(copied / "mp_rank_01_001_001" / "model_optim_rng.pt", change)
     with pytest.raises(ValueError, match=f"mp_rank_01_001_001.* is of another checkpoint.*{complaint}"):
         open_it(copied)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("00_000_000", "01_000_001"), ("00_000_000", "00_001_000"), ("01_000_001", "01_001_001")]
+)
+def test_renamed_rank_folders_are_told_by_the_rank_that_wrote_them(copied, one, other):
+    """Swapped, the files fit each other as well as before: the experts or layers of one would be taken for the other's."""
+    for path in copied.glob("*/*.pt"):
+        tp, pp, _ = (int(number) for number in path.parent.name.removeprefix("mp_rank_").split("_"))
+        # With two data-parallel replicas, of which the second one wrote nothing.
+        edit(path, lambda file, rank=4 * pp + tp: setattr(file["args"], "rank", rank))
+    open_it(copied)
+    for old, new in ((one, "aside"), (other, f"mp_rank_{one}"), ("aside", f"mp_rank_{other}")):
+        (copied / (old if old == "aside" else f"mp_rank_{old}")).rename(copied / new)
+    with pytest.raises(ValueError, match="says that rank . wrote it, which is not the one that its folder is named after"):
+        open_it(copied)
+
+
+def _gpt(**said):
+    """A change to the rank file of another architecture: GPT's arguments, and these."""
+    gpt = {"swiglu": False, "normalization": "LayerNorm", "multi_latent_attention": False, "q_lora_rank": None}
+    return lambda file: vars(file["args"]).update(gpt | said)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (_gpt(), "multi_latent_attention=False is not A.X K1: .*; only checkpoints of A.X K1 are converted"),
+        (_gpt(multi_latent_attention=None), "normalization='LayerNorm' is not A.X K1"),
+        (lambda file: setattr(file["args"], "moe_router_score_function", "softmax"), "router is a sigmoid; only"),
+        (lambda file: file.update(model={"language_model": {"embedding": {}}}), "before Megatron core, load it with"),
+        (lambda file: file.update(model={}), "holds no decoder layers, no weights at all; .* fetch the model's own files"),
+        (lambda file: file.update(optimizer=file.pop("model")), r"only \[args, .*optimizer\]; it was saved without the"),
+        (lambda file: file["model"].update({EMBEDDING: torch.tensor(0.0)}), r"shapes \[\[\]\] do not make"),
+        (lambda file: file["model"].update({5: torch.zeros(3)}), "5 names a tensor"),
+        (lambda file: file["model"].update({f"{MOE}experts.weight1": torch.zeros(9)}), r"is of shape \[9\], no matrix"),
+    ],
+)
+def test_a_model_of_another_kind_or_none_is_named(tmp_path, change, complaint):
+    shutil.copytree(FIXTURES / "tp1_pp1_ep1" / "legacy", tmp_path / "source")
+    edit(next((tmp_path / "source").rglob("*.pt")), change)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'source'}.*{complaint}"):
+        open_any(tmp_path / "source")
+
+
+def test_one_rank_of_another_dtype_is_named(copied):
+    path = copied / "mp_rank_01_000_001" / "model_optim_rng.pt"
+    name = "decoder.layers.0.self_attention.linear_proj.weight"
+    edit(path, lambda file: file["model"].update({name: file["model"][name].bfloat16()}))
+    with pytest.raises(ValueError, match=f"{name} is torch.float32 on one rank, torch.bfloat16 on another"):
+        open_any(copied)
 
 
 @pytest.mark.parametrize(

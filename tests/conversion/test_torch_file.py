@@ -177,8 +177,24 @@ def test_truncated_compressed_and_old_files(tmp_path):
             archive.writestr(name, data)
     with pytest.raises(ValueError, match="is compressed"):
         open_torch_file(tmp_path / "packed.pt")
-    with pytest.raises(ValueError, match="not a whole file of torch.save"):
+    with pytest.raises(ValueError, match="not a whole file of torch.save .*; torch before 1.6 wrote it, load and save it"):
         open_torch_file(saved(tmp_path, {"w": 1}, _use_new_zipfile_serialization=False))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty: a save or a copy broke off, fetch or save it again, or take an earlier iteration"),
+        (bytes(5000), "it holds zeros where it should begin: a save or a copy broke off"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n", "it is a pointer of Git LFS and not the file"),
+    ],
+    ids=["empty", "zeros", "lfs"],
+)
+def test_a_file_that_is_not_there_yet_says_why(tmp_path, content, reason):
+    (tmp_path / "file").write_bytes(content)
+    for opened in (open_torch_file, open_pickle, lambda path: open_torch_file(path, 0, 10**6)):
+        with pytest.raises(ValueError, match=f"{tmp_path / 'file'} .*; {reason}"):
+            opened(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
