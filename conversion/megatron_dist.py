@@ -111,6 +111,8 @@ def read_common(folder: Path, places: dict) -> dict[str, Any]:
         common, where = open_torch_file(folder / "common.pt"), folder / "common.pt"
     else:
         name = next((name for name, _ in places if COMMON_STATE.fullmatch(name)), None)
+        if any(name == "args" for name, _ in places):
+            raise ValueError(f"{folder} is of the format torch_dcp, that of FSDP2; have Megatron save it as torch_dist.")
         if name is None:
             raise ValueError(
                 f"{folder} holds neither common.pt nor a common_state; its arguments are missing, fetch them."

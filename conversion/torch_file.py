@@ -49,8 +49,8 @@ DTYPES = {
     uint64 bool complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu""".split()
 }
 # What Megatron checkpoints hold besides tensors: its own enums and configs, numpy's and torch's random states, plans of
-# torch's distributed checkpoints, and plain values. None of these names is ever looked up.
-INERT_PACKAGES = ("megatron", "transformer_engine", "torch.distributed.checkpoint")
+# torch's distributed checkpoints, activation functions, and plain values. None of these names is ever looked up.
+INERT_PACKAGES = ("megatron", "transformer_engine", "torch.distributed.checkpoint", "torch.nn.functional", "torch._C._nn")
 INERT_NAMES = {
     "argparse.Namespace",
     "types.SimpleNamespace",
@@ -73,6 +73,7 @@ INERT_NAMES = {
     "torch._C.Generator",
     "torch.serialization._get_layout",
     "collections.Counter",
+    "functools.partial",
     "datetime.timedelta",
     "numpy.ndarray",
     "numpy.dtype",

@@ -129,6 +129,14 @@ def test_without_common_pt_the_state_is_among_the_chunks(copied, tmp_path):
     assert verify(SOURCE, tmp_path / "hf", progress=False) == []
 
 
+def test_torch_dcp_is_refused_by_name(tmp_path):
+    """Megatron's other use of torch's distributed checkpoints: the whole state, with the arguments as one more entry."""
+    state = {"args": argparse.Namespace(num_layers=1), "model": {"decoder.final_layernorm.weight": torch.ones(4)}}
+    dcp.save(state, checkpoint_id=tmp_path / "iter_0000010", no_dist=True)
+    with pytest.raises(ValueError, match="is of the format torch_dcp, that of FSDP2; have Megatron save it as torch_dist"):
+        open_it(tmp_path / "iter_0000010")
+
+
 def test_the_trained_state_is_not_even_opened(copied, tmp_path):
     """Names as a real run with a distributed optimizer writes them: a MoE's is a chain of two."""
 

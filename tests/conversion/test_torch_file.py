@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import functools
 import io
 import os
 import pathlib
@@ -163,6 +164,16 @@ def test_damage_is_named(tmp_path, change, complaint):
     with pytest.raises(ValueError, match=complaint) as error:
         open_torch_file(path)
     assert str(path) in str(error.value)
+
+
+def test_functions_among_the_arguments_stay_names(tmp_path):
+    """An activation, or a part of one: neither is looked up, nor called."""
+    gelu = torch.nn.functional.gelu
+    functions = {"silu": torch.nn.functional.silu, "gelu": gelu, "part": functools.partial(gelu, approximate="tanh")}
+    found = open_torch_file(saved(tmp_path, {"args": argparse.Namespace(num_layers=2, **functions)}))
+    said = plain(found["args"])
+    assert said["num_layers"] == 2 and not any(callable(value) and value is gelu for value in said.values())
+    assert [issubclass(said[name], Inert) for name in ("silu", "gelu")] == [True, True]
 
 
 def test_truncated_compressed_and_old_files(tmp_path):
