@@ -126,7 +126,7 @@ def _add_conversion(command: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="files written, and then tensors compared, at a time; each file has threads of its own to hash and to write it "
-        "besides (default: cores, at most 4)",
+        "besides (default: cores, at most 4; fewer where they would hold more than twice the largest tensor)",
     )
     command.add_argument("--no-verify", action="store_true", help="do not compare the result with the source")
     command.add_argument("--check-nan", action="store_true", help="look for NaN in the source first")

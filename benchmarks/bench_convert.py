@@ -31,7 +31,7 @@ from modeling_axk1 import AxK1Config, count_parameters
 # What Megatron-Bridge says of itself, in its releases and issues (NVIDIA-NeMo/Megatron-Bridge), beside what is shown here.
 PEER = """
                     | Megatron-Bridge 0.3.1                                   | here
-memory              | the whole model in host memory (issue 1783)             | half the largest tensor a worker, measured below
+memory              | the whole model in host memory (issue 1783)             | twice the largest tensor at most, measured below
 multi-token prediction | "TODO" in its DeepSeek-V3 bridge (later: 1886)       | both ways, both names
 post-MLP norm       | no                                                      | both ways, four names and a configurable one
 CPU only            | import yes, export wants CUDA or NCCL (issue 3295)      | both ways, no Megatron installed

@@ -268,13 +268,14 @@ def plan_shards(tensors: Iterable[TensorSpec], shard_bytes: int) -> list[Shard]:
 MIN_BLOCK_BYTES, FILE_BLOCK_BYTES, FILE_BLOCKS = 2**16, 2**22, 3
 
 
-def file_block_bytes(tensors: Iterable) -> int:
-    """The size of a file's blocks, of a checkpoint's tensors (with `nbytes`): an eighth of the largest one, within bounds.
+def file_block_bytes(largest_bytes: int) -> int:
+    """The size of a file's blocks, of the largest of a checkpoint's tensors: a tenth of it, within bounds.
 
-    Four files at a time, each with the block that is read for it, then hold twice the largest tensor, whatever its size.
+    Four files at a time, each with the block that is read for it, then hold less than twice the largest tensor, whatever its
+    size.
     """
-    eighth = max((tensor.nbytes for tensor in tensors), default=0) // 8
-    return max(MIN_BLOCK_BYTES, min(FILE_BLOCK_BYTES, eighth // MIN_BLOCK_BYTES * MIN_BLOCK_BYTES))
+    tenth = largest_bytes // 10
+    return max(MIN_BLOCK_BYTES, min(FILE_BLOCK_BYTES, tenth // MIN_BLOCK_BYTES * MIN_BLOCK_BYTES))
 
 
 class HashedFile:

@@ -165,7 +165,9 @@ def check_arguments(args: Mapping[str, Any]) -> None:
     """ValueError for a setting that A.X K1 does not have."""
     for name, (right, reason) in REQUIRED.items():
         if argument(args, name, right[0]) not in right:
-            raise ValueError(f"Megatron's {name}={shown(args[name])} is not A.X K1: {reason}.")
+            raise ValueError(
+                f"Megatron's {name}={shown(args[name])} is not A.X K1: {reason}; only checkpoints of A.X K1 are converted."
+            )
     for name, (right, reason) in REFUSED.items():
         if argument(args, name, right[0]) not in right:
             raise ValueError(f"Megatron's {name}={shown(args[name])} cannot be converted: {reason}.")
@@ -221,7 +223,9 @@ def config_from_arguments(
 def _required(args: Mapping[str, Any], name: str) -> Any:
     value = argument(args, name, OPTIONAL.get(name))
     if value is None:
-        raise ValueError(f"the checkpoint's arguments hold no {name}; A.X K1 cannot be described without it.")
+        raise ValueError(
+            f"the checkpoint's arguments hold no {name}; A.X K1 cannot be described without it, save it with all arguments."
+        )
     return value
 
 

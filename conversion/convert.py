@@ -10,13 +10,14 @@ import os
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from conversion.checkpoint import (
@@ -41,7 +42,8 @@ from conversion.config_map import arguments_from_config, arguments_from_rope
 from conversion.megatron import TRACKER, all_post_norm_names, assemble, config_of, find_iteration, kind_of
 from conversion.megatron_dist import DistFiles, arguments_of_dist, open_dist
 from conversion.megatron_legacy import Layout, RankFiles, arguments_of_legacy, check_layout, open_legacy, stage_layers
-from conversion.ops import Mosaic, Rooms, blocks, cat, filled, is_transposed, same_bits, still_there, stored
+from conversion.ops import Mosaic, Rooms, blocks, cat, filled, largest_piece, lent_bytes, same_bits, still_there, stored
+from conversion.torch_file import shown
 from conversion.weight_map import VOCAB, Row, add_absent, hf_to_megatron, megatron_to_hf, rows_of
 from modeling_axk1.configuration_axk1 import AxK1Config
 from modeling_axk1.generation_axk1 import set_thinking_tokens
@@ -52,6 +54,9 @@ DESCRIPTIONS = ("config.json", "generation_config.json", INDEX_NAME, ".metadata"
 RUN_OPTIONS = ("workers", "verify", "check_nan", "progress")
 # Read to foretell a conversion's time.
 MEASURED_BYTES = 2**26
+# Beside its blocks a worker has what the C library keeps for each of its threads, measured; and so much is allowed in all where
+# tensors are smaller than that.
+WORKER_BYTES, LEAST_BYTES = 2 * 10**5, 2**21
 # What a tensor costs before anything of it is read: its names, places and plan. Measured on K1: 67 MB for 46,868 tensors.
 BYTES_A_TENSOR = 2048
 TOKENIZER_FILES = (
@@ -168,8 +173,13 @@ def _open_hf(folder: Path) -> Opened:
 
 def _open_megatron(folder: Path, reading: Reading) -> Opened:
     kind, names = kind_of(folder), all_post_norm_names(reading.post_norm)
+    if kind is None:
+        raise ValueError(
+            f"{folder} holds neither .metadata and metadata.json nor rank files: its save broke off, or they were not fetched; "
+            "fetch them, or take an earlier iteration."
+        )
     if kind not in ("legacy", "torch_dist"):
-        raise ValueError(f"{folder} is of the format {kind!r}; save it as torch_dist, or as legacy rank files (torch).")
+        raise ValueError(f"{folder} is of the format {shown(kind)[:40]}; save it as torch_dist, or as legacy rank files (torch).")
     opener = open_legacy if kind == "legacy" else open_dist
     source = opener(folder, names, reading.drop_fp8_state)
     base = AxK1Config.from_pretrained(reading.config) if reading.config else None
@@ -274,14 +284,10 @@ class Conversion:
 
     def plan(self, workers: int | None = None) -> Plan:
         """What would be written, the memory it takes, and the time that the source's first 64 MB promise."""
-        workers = checked_workers(workers)
         tensors = self.opened.tensors.values()
+        workers = fitting_workers(checked_workers(workers), tensors)
         rate, nbytes = _measured_rate(self.opened), sum(file.nbytes for file in self.files)
-        block_bytes = file_block_bytes(tensors)
-        # A quarter of a transposed tensor, as it lies in the file and as it should, beside as much of the one compared with it.
-        whole = max((tensor.nbytes for tensor in tensors if is_transposed(tensor)), default=0)
-        held = max(Rooms(block_bytes).block_bytes, whole) + FILE_BLOCKS * block_bytes
-        memory_bytes = workers * held + BYTES_A_TENSOR * len(tensors)
+        memory_bytes = workers * held_bytes(tensors) + BYTES_A_TENSOR * len(tensors)
         return Plan([(file.name, file.nbytes) for file in self.files], memory_bytes, nbytes / rate / workers, rate)
 
     def run(
@@ -289,7 +295,8 @@ class Conversion:
     ) -> Converted:
         """Write, compare with the source, move into place.
 
-        workers: files written at a time; the bytes do not depend on it. verify: read the result back and compare it with the
+        workers: files written at a time, fewer if they would hold more than twice the largest tensor; the bytes do not depend on
+        it. verify: read the result back and compare it with the
         source, tensor by tensor.
         check_nan: look for NaN in the source first. A killed conversion goes on where it was when run again, and ends in the same
         bytes. ValueError says what cannot be converted; OSError if the disk is full, or a source file gone: the source is
@@ -305,7 +312,8 @@ class Conversion:
             if not job.published:
                 begun = time.perf_counter()
                 label = f"{self.opened.kind} {self.decides['job']}"
-                write_files(job, self.files, workers=workers, progress=progress, label=label)
+                fitting = fitting_workers(workers, self.opened.tensors.values())
+                write_files(job, self.files, workers=fitting, progress=progress, label=label)
                 self.companions(job.folder, job.done)
                 self._write_manifest(job)
                 write_s = time.perf_counter() - begun
@@ -379,6 +387,20 @@ def checked_workers(workers: int | None) -> int:
     return default_workers() if workers is None else workers
 
 
+def held_bytes(tensors: Collection[Mosaic], beside: Iterable[Mosaic] = ()) -> int:
+    """What a worker holds while it writes a file of these tensors, or compares two of them; `beside` are compared with them."""
+    block_bytes = file_block_bytes(largest_piece(tensors))
+    lent = max((lent_bytes(tensor) for tensor in (*tensors, *beside)), default=0)
+    room_bytes = max(Rooms(block_bytes).block_bytes, lent)
+    return max(room_bytes + FILE_BLOCKS * block_bytes, 2 * room_bytes) + WORKER_BYTES
+
+
+def fitting_workers(workers: int, tensors: Collection[Mosaic], beside: Iterable[Mosaic] = ()) -> int:
+    """As many of so many workers as together hold no more than twice what the largest tensor has in one file; one at least."""
+    budget_bytes = max(2 * largest_piece(tensors), LEAST_BYTES)
+    return max(1, min(workers, budget_bytes // held_bytes(tensors, beside)))
+
+
 def _measured_rate(opened: Opened) -> float:
     """Bytes a second of reading and hashing the first 64 MB."""
     digest, seen, begun = hashlib.sha256(), 0, time.perf_counter()
@@ -418,9 +440,8 @@ def to_hf(
     """Plan a folder that `from_pretrained` loads, ours and stock transformers' alike, of a checkpoint of any format."""
     opened = open_any(source, reading)
     shards = _hf_shards(opened, shard_bytes)
-    block_bytes = file_block_bytes(opened.tensors.values())
-    rooms = Rooms(block_bytes)
-    files = [shard_file(shard, lambda spec: blocks(opened.tensors[spec.name], rooms), block_bytes) for shard in shards]
+    block_bytes = file_block_bytes(largest_piece(opened.tensors.values()))
+    files = [_hf_file(shard, opened.tensors, block_bytes) for shard in shards]
 
     # Now, so that a tokenizer that cannot be read is known before hours of writing.
     tokenizer_dir = reading.tokenizer or (opened.folder if opened.kind == "hf" else None)
@@ -440,6 +461,16 @@ def to_hf(
             (folder / path.name).write_bytes(content)
 
     return Conversion(opened, Path(target), files, _decides("to-hf", opened, shard_bytes), companions)
+
+
+def _hf_file(shard: Shard, tensors: Mapping[str, Mosaic], block_bytes: int) -> OutFile:
+    """A shard whose room for reading is there as long as the file is written."""
+
+    def write(path: Path, tick: Callable[[Tensor], None]) -> Mapping:
+        rooms = Rooms(block_bytes)
+        return shard_file(shard, lambda spec: blocks(tensors[spec.name], rooms), block_bytes).write(path, tick)
+
+    return OutFile(shard.filename, shard.nbytes, write)
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
@@ -517,7 +548,8 @@ def to_megatron(
     else:
         model = DistFiles(*what, shard_bytes)
     inner = "release" if iteration is None else f"iter_{iteration:07d}"
-    files = [replace(file, name=f"{inner}/{file.name}") for file in model.files()]
+    block_bytes = file_block_bytes(largest_piece(opened.tensors.values()))
+    files = [replace(file, name=f"{inner}/{file.name}") for file in model.files(block_bytes)]
 
     def companions(folder: Path, done: Mapping[str, Mapping]) -> None:
         if isinstance(model, DistFiles):
@@ -620,7 +652,7 @@ def _field(config: AxK1Config, name: str) -> Any:
 def check_replicas(opened: Opened, workers: int, progress: bool) -> None:
     """ValueError if two ranks disagree on a tensor that both hold whole: then nobody knows which one is right."""
     copies = dict(enumerate(opened.replicas))
-    rooms = Rooms(file_block_bytes(a for _, a, _ in opened.replicas))
+    rooms = Rooms(file_block_bytes(largest_piece(a for _, a, _ in opened.replicas)))
 
     def differ(number: int) -> str | None:
         name, a, b = copies[number]
@@ -632,6 +664,7 @@ def check_replicas(opened: Opened, workers: int, progress: bool) -> None:
         )
 
     tensors = {number: a for number, (_, a, _) in copies.items()}
+    workers = fitting_workers(workers, tensors.values(), [b for _, _, b in opened.replicas])
     for difference in _over(tensors, tensors, differ, "compare copies", workers, progress and bool(copies)):
         if difference:
             raise ValueError(difference)
@@ -642,7 +675,8 @@ def compare(a: Mapping[str, Mosaic], b: Mapping[str, Mosaic], *, workers: int = 
     only = [f"{name} (only the first has it)" for name in a if name not in b]
     only += [f"{name} (only the second has it)" for name in b if name not in a]
     both = [name for name in a if name in b]
-    rooms = Rooms(file_block_bytes(a.values()))
+    rooms = Rooms(file_block_bytes(largest_piece(a.values())))
+    workers = fitting_workers(workers, a.values(), b.values())
 
     def difference(name: str) -> str | None:
         x, y = a[name], b[name]
@@ -655,7 +689,8 @@ def compare(a: Mapping[str, Mosaic], b: Mapping[str, Mosaic], *, workers: int = 
 
 def find_nan(opened: Opened, workers: int, progress: bool) -> None:
     """ValueError that names every tensor with a NaN."""
-    rooms = Rooms(file_block_bytes(opened.tensors.values()))
+    rooms = Rooms(file_block_bytes(largest_piece(opened.tensors.values())))
+    workers = fitting_workers(workers, opened.tensors.values())
 
     def has_nan(name: str) -> str | None:
         floats = opened.tensors[name].dtype.is_floating_point
@@ -723,9 +758,9 @@ def _megatron_facts(folder: Path) -> dict[str, Any]:
         args = arguments_of_legacy(folder) if kind == "legacy" else arguments_of_dist(folder)
     except ValueError:
         return {"format": kind}
-    layout = Layout.of(args)
+    layout, spec = Layout.of(args), args.get("transformer_impl")
     return {
         "format": kind,
-        "layout": f"TP{layout.tp} PP{layout.pp} VPP{layout.vpp} EP{layout.ep} ETP{layout.etp}",
-        "spec": args.get("transformer_impl"),
+        "layout": str(layout),
+        "spec": spec if spec in (None, "local", "transformer_engine") else shown(spec)[:40],
     }

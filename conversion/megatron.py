@@ -78,6 +78,15 @@ def arguments_in(namespace: Inert) -> dict[str, Any]:
     return args
 
 
+def no_arguments(path: Path, held: Any) -> str:
+    """The sentence for a file that should say what run it is of and does not."""
+    if isinstance(held, dict):
+        what = f"{shown(held['args'])} as args" if "args" in held else f"only [{listed(map(str, held), 4)}]"
+    else:
+        what = f"only {shown(held)}"
+    return f"{path} holds no Megatron arguments, {what}; it is no model checkpoint of Megatron-LM, fetch the file that is."
+
+
 def said_of(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Version and iteration. ValueError for what is no number: a list that holds itself twice could be compared for ever."""
     said = {name: state.get(name) for name in ("checkpoint_version", "iteration")}
@@ -95,7 +104,10 @@ def layer_types_found(parts: Mapping[str, Any]) -> list[str]:
             layer, rest = int(found[1]), found[2]
             layers[layer] = "sparse" if rest == "mlp.router.weight" else layers.get(layer, "dense")
     if not layers:
-        raise ValueError("the checkpoint holds no decoder layers; is it a Megatron GPT model's?")
+        held = f"only [{listed(parts)}]" if parts else "no weights at all"
+        raise ValueError(
+            f"the checkpoint holds no decoder layers, {held}; it is no whole Megatron GPT model: fetch the model's own files."
+        )
     if len(layers) != max(layers) + 1:
         raise ValueError(
             f"the checkpoint holds {len(layers)} layers, the last of them number {max(layers)}; files are missing."
@@ -121,6 +133,11 @@ def config_of(source: MegatronSource, vocab_size: int | None = None) -> AxK1Conf
     if normed and normed != sparse:
         raise ValueError(f"only the layers {normed} of {sparse} have a post-MLP norm; some tensors are missing.")
     mtp_layers = {int(found[1]) for name in source.parts if (found := MTP_LAYER.match(name))}
+    if source.args.get("mtp_num_layers") not in (None, 0, len(mtp_layers)):
+        raise ValueError(
+            f"{source.folder} holds {len(mtp_layers)} prediction layers, its arguments say mtp_num_layers="
+            f"{source.args['mtp_num_layers']}; its last stage was not saved whole, or the arguments are another run's."
+        )
     return config_from_arguments(
         source.args,
         vocab_size=vocab_size,
@@ -154,7 +171,12 @@ def assemble(source: MegatronSource, config: AxK1Config, rows: Sequence[Row]) ->
 
 def join(row: Row, parts: Sequence[Mosaic]) -> tuple[Mosaic, Sequence[Mosaic]]:
     """One tensor of its tensor-parallel shards, and the copies of it. By shape: what each rank holds whole is replicated."""
-    if row.split == VOCAB:
+    dtypes = dict.fromkeys(part.dtype for part in parts)
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"{row.megatron} is {' on one rank, '.join(map(str, dtypes))} on another; their files are of different runs."
+        )
+    if row.split == VOCAB and all(len(part.shape) == 2 for part in parts) and len({p.shape[1] for p in parts}) == 1:
         tensor = cat(parts, 0)
         if tensor.shape[0] < row.shape[0] or tensor.shape[1:] != row.shape[1:]:
             raise ValueError(

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from conversion.checkpoint import HashedFile, OutFile, deal, file_block_bytes
-from conversion.megatron import LAYER, MegatronSource, arguments_in, drop_state, said_of
+from conversion.checkpoint import HashedFile, OutFile, deal
+from conversion.megatron import LAYER, MegatronSource, arguments_in, drop_state, no_arguments, said_of
 from conversion.ops import Mosaic, Tile, cat, filled, narrow, unstack
 from conversion.torch_file import MAX_DIMENSIONS, Inert, is_size, numbers_in, open_pickle, open_torch_file, shown
 from conversion.torch_writer import Frame, frame_of
@@ -37,7 +37,7 @@ from modeling_axk1.configuration_axk1 import AxK1Config
 
 # Of the trained state, only the model is read; what these name is not even opened.
 # (A MoE's optimizer is two in a chain, for dense parameters and for experts.)
-SKIPPED = re.compile(r"(chained_\d+|optimizer|rng_state|rerun_state_machine_state|opt_param_scheduler)\b.*")
+SKIPPED = re.compile(r"(chained_\d{1,4}|optimizer|rng_state|rerun_state_machine_state|opt_param_scheduler)\b.*")
 COMMON_STATE = re.compile(r"common_state/shard_\d+_\d+")
 STACKED_LAYERS = re.compile(r"(decoder\.layers\.)([a-z_]\w*\..+)")
 STACKED_EXPERTS = re.compile(r"(.+\.mlp\.experts\.)experts\.(linear_fc[12]\.weight)")
@@ -55,8 +55,8 @@ def open_dist(folder: Path, post_norm_names: tuple[str, ...], drop_fp8_state: bo
     common = read_common(folder, places)
     source = MegatronSource(folder, "torch_dist", arguments_in(common["args"]))
     source.facts = said_of(common, folder)
-    skipped = {name for name in entries if SKIPPED.match(name)}
-    source.facts["skipped"] = sorted({re.split(r"[./]", name)[0] for name in skipped})
+    skipped = {name: found[1] for name in entries if (found := SKIPPED.match(name))}
+    source.facts["skipped"] = sorted(set(skipped.values()))
     names = [name for name in entries if name not in skipped]
     is_tensor = {name: hasattr(entries[name], "chunks") for name in names}
     for name in names:
@@ -111,6 +111,8 @@ def read_common(folder: Path, places: dict) -> dict[str, Any]:
         common, where = open_torch_file(folder / "common.pt"), folder / "common.pt"
     else:
         name = next((name for name, _ in places if COMMON_STATE.fullmatch(name)), None)
+        if any(name == "args" for name, _ in places):
+            raise ValueError(f"{folder} is of the format torch_dcp, that of FSDP2; have Megatron save it as torch_dist.")
         if name is None:
             raise ValueError(
                 f"{folder} holds neither common.pt nor a common_state; its arguments are missing, fetch them."
@@ -120,17 +122,15 @@ def read_common(folder: Path, places: dict) -> dict[str, Any]:
         if isinstance(common, list) and len(common) == 1:
             common = common[0]
     if not isinstance(common, dict) or not isinstance(common.get("args"), Inert):
-        raise ValueError(f"{where} holds no Megatron arguments; it is not a model checkpoint of Megatron-LM.")
+        raise ValueError(no_arguments(where, common))
     return common
 
 
 def read_tensor(folder: Path, name: str, entry: Inert, places: dict) -> Mosaic:
     """A tensor as its chunks. Whether they cover it is checked where the whole is put together."""
-    state = entry.properties.state
-    dtype = state[0] if isinstance(state, tuple) else state.get("dtype")
+    dtype, size, chunks = _described(folder, name, entry)
     tiles: list[Tile] = []
-    for chunk in entry.chunks:
-        offsets, sizes = _sizes(chunk.offsets), _sizes(chunk.sizes)
+    for offsets, sizes in chunks:
         info = places.get((name, offsets))
         found = open_torch_file(*_place(folder, name, info))
         if not isinstance(found, Mosaic) or (found.dtype, found.shape) != (dtype, sizes):
@@ -139,11 +139,23 @@ def read_tensor(folder: Path, name: str, entry: Inert, places: dict) -> Mosaic:
                 "that .metadata says; the file belongs to another checkpoint."
             )
         tiles += [replace(tile, origin=offsets) for tile in found.tiles]
-    tensor = Mosaic(dtype, _sizes(entry.size), tuple(tiles))
+    tensor = Mosaic(dtype, size, tuple(tiles))
     # Before it is cut into its layers and experts, as many as it says; that no two overlap is seen where the parts are joined.
     if sum(tile.elements for tile in tiles) != tensor.elements:
-        raise ValueError(f"{folder}: the chunks of {name} do not cover its shape {list(entry.size)}; one is missing.")
+        raise ValueError(f"{folder}: the chunks of {name} do not cover its shape {list(size)}; one is missing.")
     return tensor
+
+
+def _described(folder: Path, name: str, entry: Inert) -> tuple[Any, tuple[int, ...], list[tuple[tuple[int, ...], ...]]]:
+    """What .metadata says of a tensor: dtype, shape, and (first entry, shape) of each chunk."""
+    try:
+        state = entry.properties.state
+        dtype = state[0] if isinstance(state, tuple) else state.get("dtype")
+        return dtype, _sizes(entry.size), [(_sizes(chunk.offsets), _sizes(chunk.sizes)) for chunk in entry.chunks]
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{folder / '.metadata'} describes {name} as no version of torch does ({error}); it is damaged, fetch it again."
+        ) from error
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
@@ -159,18 +171,16 @@ def _place(folder: Path, name: str, info: Inert | None) -> tuple[Path, int, int]
         raise ValueError(
             f"{folder / '.metadata'} does not say where a chunk of {name} is; the checkpoint is incomplete."
         )
-    relative = info.relative_path
+    relative, offset, length = (getattr(info, part, None) for part in ("relative_path", "offset", "length"))
     if not isinstance(relative, str) or Path(relative).name != relative or relative in ("", ".", ".."):
         raise ValueError(f"{folder / '.metadata'} places {name} at {shown(relative)}; only files beside it are read.")
     if descriptors := getattr(info, "transform_descriptors", None):
         raise ValueError(f"{folder / relative}: {name} is stored as {shown(descriptors)}; save it plain.")
     if not (folder / relative).is_file():
         raise ValueError(f"{folder / relative} is missing, but .metadata places {name} in it; fetch it.")
-    if not (is_size(info.offset) and is_size(info.length)):
-        raise ValueError(
-            f"{folder / '.metadata'} places {name} at byte {shown(info.offset)} + {shown(info.length)}; it is damaged."
-        )
-    return folder / relative, info.offset, info.length
+    if not (is_size(offset) and is_size(length)):
+        raise ValueError(f"{folder / '.metadata'} places {name} at byte {shown(offset)} + {shown(length)}; it is damaged.")
+    return folder / relative, offset, length
 
 
 def _joined_halves(tensors: dict[str, Mosaic]) -> dict[str, Mosaic]:
@@ -245,10 +255,10 @@ class DistFiles:
     iteration: int
     shard_bytes: int
 
-    def files(self) -> list[OutFile]:
+    def files(self, block_bytes: int) -> list[OutFile]:
         """The .distcp files; `finish` writes what lies beside them."""
         state = [torch.empty(0, dtype=torch.uint8) if self.transformer_engine else None]
-        write = partial(write_chunks, state=state, block_bytes=file_block_bytes(self.tensors.values()))
+        write = partial(write_chunks, state=state, block_bytes=block_bytes)
         return [
             OutFile(name, sum(chunk.nbytes for chunk in chunks), partial(write, chunks=chunks))
             for name, chunks in self._groups().items()

@@ -10,15 +10,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from conversion.checkpoint import HashedFile, OutFile, file_block_bytes, listed
+from conversion.checkpoint import HashedFile, OutFile, listed
 from conversion.config_map import DESCRIBING
-from conversion.megatron import MegatronSource, arguments_in, drop_state, listed_ranks, said_of
+from conversion.megatron import MegatronSource, arguments_in, drop_state, listed_ranks, no_arguments, said_of
 from conversion.ops import Mosaic, filled, narrow, reshape, swap, unstack
 from conversion.torch_file import Inert, numbers_in, open_torch_file, shown
 from conversion.torch_writer import frame_of
@@ -63,6 +64,9 @@ class Layout:
             etp=args.get("expert_tensor_parallel_size") or tp,
         )
 
+    def __str__(self) -> str:
+        return f"TP{self.tp} PP{self.pp} VPP{self.vpp} EP{self.ep} ETP{self.etp}"
+
     def folder(self, tp: int, pp: int, ep: int) -> str:
         return f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if self.pp > 1 else "") + (f"_{ep:03d}" if self.ep > 1 else "")
 
@@ -76,12 +80,14 @@ def open_legacy(folder: Path, post_norm_names: tuple[str, ...], drop_fp8_state: 
     """Open all rank files of one iteration. ValueError names a missing or damaged one."""
     paths = rank_files(folder)
     files = {numbers: _rank_file(path) for numbers, path in paths.items()}
-    first, *others = files.values()
-    args = arguments_in(first["args"])
+    said = {numbers: arguments_in(file["args"]) for numbers, file in files.items()}
+    (first_numbers, first), *others = files.items()
+    args = said[first_numbers]
     layout = Layout.of(args)
-    for path, file in zip([*paths.values()][1:], others):
-        check_same_run(path, arguments_in(file["args"]), file, args, first)
+    for numbers, file in others:
+        check_same_run(paths[numbers], said[numbers], file, paths[first_numbers], args, first)
     check_ranks(folder, layout, {_rank(layout, numbers) for numbers in files})
+    check_places(layout, {_rank(layout, numbers): (paths[numbers], said[numbers].get("rank")) for numbers in files})
     source = MegatronSource(folder, "legacy", args)
     source.facts = {name: first[name] for name in ("checkpoint_version", "iteration")}
     source.facts["files"] = len(paths)
@@ -105,27 +111,30 @@ def arguments_of_legacy(folder: Path) -> dict[str, Any]:
     return arguments_in(_rank_file(next(iter(rank_files(folder).values())))["args"])
 
 
-def check_same_run(path: Path, args: Mapping, file: Mapping, first_args: Mapping, first: Mapping) -> None:
+def check_same_run(
+    path: Path, args: Mapping, file: Mapping, first_path: Path, first_args: Mapping, first: Mapping
+) -> None:
     """ValueError if a rank file is of another iteration, model or layout than the first one."""
-    facts = {
-        "iteration": file.get("iteration"),
-        "layout": Layout.of(args),
-        **{name: args.get(name) for name in DESCRIBING},
-    }
-    truth = {
-        "iteration": first.get("iteration"),
-        "layout": Layout.of(first_args),
-        **{name: first_args.get(name) for name in DESCRIBING},
-    }
+    facts, truth = (
+        {
+            "iteration": state.get("iteration"),
+            "layout": str(Layout.of(said)),
+            **{name: said.get(name) for name in (*DESCRIBING, "bf16", "fp16")},
+        }
+        for state, said in ((file, args), (first, first_args))
+    )
     differing = [f"{name} ({shown(facts[name])} and {shown(truth[name])})" for name in facts if facts[name] != truth[name]]
     if differing:
-        raise ValueError(f"{path} is of another checkpoint than the other rank files: {listed(differing)}.")
+        raise ValueError(
+            f"{path} is of another checkpoint than {first_path.parent.name}: {listed(differing)}; fetch the one that does not "
+            "belong here again."
+        )
 
 
 def _rank_file(path: Path) -> dict[str, Any]:
     file = open_torch_file(path)
     if not isinstance(file, dict) or not isinstance(file.get("args"), Inert):
-        raise ValueError(f"{path} holds no Megatron arguments; it is not a model checkpoint of Megatron-LM.")
+        raise ValueError(no_arguments(path, file))
     return file | said_of(file, path)
 
 
@@ -187,12 +196,37 @@ def check_ranks(folder: Path, layout: Layout, present: set[tuple[int, int, int]]
         )
 
 
+def check_places(layout: Layout, places: Mapping[tuple[int, int, int], tuple[Path, Any]]) -> None:
+    """ValueError for a rank file in another one's folder. places: by (tp, pp, ep) the file, and the process's rank that it says.
+
+    Tensor-parallel ranks lie next to each other, stages and expert ranks in order, whatever the order of the groups.
+    [megatron-core, RankGenerator]
+    """
+    numbers = [number for _, number in places.values()]
+    # A tool that is one process writes one number into all of them.
+    if not all(type(number) is int for number in numbers) or len(set(numbers)) < len(numbers):
+        return
+    wrong = [path for (tp, _, _), (path, number) in places.items() if number % layout.tp != tp]
+    for axis in (1, 2):
+        lines: dict[tuple[int, ...], list[tuple[Path, int]]] = {}
+        for place in sorted(places):
+            lines.setdefault((*place[:axis], *place[axis + 1 :]), []).append(places[place])
+        wrong += [path for line in lines.values() for (_, a), (path, b) in pairwise(line) if a > b]
+    if wrong:
+        number = dict(places.values())[wrong[0]]
+        raise ValueError(
+            f"{wrong[0]} says that rank {number} wrote it, which is not the one that its folder is named after; folders were "
+            "renamed, fetch them again."
+        )
+
+
 def _chunk(file: dict, path: Path, v: int, layout: Layout) -> dict[str, Any]:
     key = "model" if layout.vpp == 1 else f"model{v}"
     if not isinstance(file.get(key), dict):
-        held = sorted(str(name) for name in file)
+        held = listed(sorted(str(name) for name in file))
         raise ValueError(
-            f"{path} holds no {key!r} of VPP={layout.vpp}, only {held}; the arguments do not fit the file."
+            f"{path} holds no {key!r} of VPP={layout.vpp}, only [{held}]; it was saved without the model, or its arguments are "
+            "another run's: fetch the rank file of the model."
         )
     return file[key]
 
@@ -210,12 +244,18 @@ def _add_chunk(
     shards: dict[str, dict[int, list[Mosaic]]] = {}
     for (tp, ep), state in sorted(stage.items(), key=lambda item: (item[0][1], item[0][0])):
         for name, value in state.items():
+            if not isinstance(name, str):
+                raise ValueError(f"{source.folder}: {shown(name)} names a tensor; the file is damaged, fetch it again.")
             if name.endswith("_extra_state"):
                 drop_state(name, numbers_in(value), source.folder, drop_fp8_state)
                 continue
             if not isinstance(value, Mosaic):
+                remedy = "fetch it again"
+                if name == "language_model":
+                    remedy = "Megatron-LM wrote it before Megatron core, load it with --use-mcore-models and save it again"
                 raise ValueError(
-                    f"{source.folder}: {name} is not a tensor but {type(value).__name__}; unknown content."
+                    f"{source.folder}: {name} is not a tensor but {type(value).__name__}, which no model of Megatron core "
+                    f"holds; {remedy}."
                 )
             name = name.removeprefix("module.")
             if found := IN_CHUNK.fullmatch(name):
@@ -248,6 +288,8 @@ def _expert_shards(
     source: MegatronSource, layout: Layout, name: str, value: Mosaic, tp: int, ep: int
 ) -> Iterator[tuple[str, int, Mosaic]]:
     """(global name, rank of the shard, tensor): one for most tensors, one for each local expert of a grouped weight."""
+    if (GROUPED.fullmatch(name) or FUSED_DOWN.fullmatch(name)) and len(value.shape) != 2:
+        raise ValueError(f"{source.folder}: {name} is of shape {list(value.shape)}, no matrix; fetch the file again.")
     if found := IN_EXPERTS.fullmatch(name):
         local = _local_experts(source, layout)
         yield f"{found[1]}local_experts.{ep * local + int(found[2])}{found[3]}", tp % layout.etp, value
@@ -335,9 +377,8 @@ class RankFiles:
     # From megatron-core 0.17 on a rank file says mtp_model_layer; torch_dist never does.
     mtp_layer_name: str = "transformer_layer"
 
-    def files(self) -> list[OutFile]:
+    def files(self, block_bytes: int) -> list[OutFile]:
         shards = {row.megatron: self._shards(row) for row in self.rows}
-        block_bytes = file_block_bytes(self.tensors.values())
         files = []
         for stage in range(self.layout.pp):
             for tp, ep in self.layout.ranks():

@@ -235,7 +235,7 @@ def _write_shards(job: Job, shards: list[Shard], nonthinking: dict, alpha: float
     def blocks(tensor: StoredTensor) -> Iterator[Tensor]:
         return merge_blocks(tensor, nonthinking[tensor.name], alpha)
 
-    block_bytes = file_block_bytes(tensor for shard in shards for tensor in shard.tensors)
+    block_bytes = file_block_bytes(max((tensor.nbytes for shard in shards for tensor in shard.tensors), default=0))
     files = [shard_file(shard, blocks, block_bytes) for shard in shards]
     write_files(job, files, workers=1, progress=progress, label=f"merge {alpha:g}")
 

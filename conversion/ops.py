@@ -11,7 +11,7 @@ boxes about and has its inverse; only `blocks` and `read` touch the disk.
 
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, combinations
@@ -24,6 +24,8 @@ from torch import Tensor
 MAX_BLOCK_BYTES = 2**20
 # Of a transposed tensor, whose every block lies all over the file: the more blocks, the shorter are the pieces that each reads.
 TRANSPOSED_BLOCKS = 4
+# Of such a block, so much is read before it is put in its place: what a core's cache holds.
+ACROSS_BYTES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,11 @@ class Mosaic:
     @property
     def nbytes(self) -> int:
         return self.elements * self.dtype.itemsize
+
+
+def largest_piece(tensors: Iterable[Mosaic]) -> int:
+    """Bytes of the largest box that lies in one file: a whole tensor, or the shard that a rank wrote."""
+    return max((tile.elements * t.dtype.itemsize for t in tensors for tile in t.tiles if tile.path), default=0)
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -232,8 +239,8 @@ def read(tensor: Mosaic, memory: Tensor | None = None) -> Tensor:
 def _around_bytes(tensor: Mosaic) -> int:
     """What the largest part takes that is read as it lies in its file, before it is put in its place."""
     moved = [tile for tile in tensor.tiles if tile.path and not _is_in_place(tile, tensor.shape)]
-    spans = [tile.elements if _lies_across(tile) else tile.span for tile in moved]
-    return max(spans, default=0) * tensor.dtype.itemsize
+    size = tensor.dtype.itemsize
+    return max((_across_bytes(tile, size) if _lies_across(tile) else tile.span * size for tile in moved), default=0)
 
 
 def _is_in_place(tile: Tile, whole: tuple[int, ...]) -> bool:
@@ -249,7 +256,7 @@ def blocks(tensor: Mosaic, rooms: Rooms | None = None) -> Iterator[Tensor]:
     All in the same memory: a block is gone when the next one comes.
     """
     rooms = rooms or Rooms()
-    with rooms.lend(_lent_bytes(tensor)) as memory:
+    with rooms.lend(lent_bytes(tensor)) as memory:
         for (part,) in _row_blocks(rooms.block_bytes, tensor):
             yield read(part, memory).flatten()
 
@@ -258,7 +265,7 @@ def same_bits(a: Mosaic, b: Mosaic, rooms: Rooms | None = None) -> bool:
     """Whether two tensors of one shape and dtype hold the same bytes, a block at a time."""
     assert (a.dtype, a.shape) == (b.dtype, b.shape), (a.dtype, a.shape, b.dtype, b.shape)
     rooms = rooms or Rooms()
-    nbytes = _lent_bytes(a, b)
+    nbytes = lent_bytes(a, b)
     with rooms.lend(nbytes) as ours, rooms.lend(nbytes) as theirs:
         pairs = _row_blocks(rooms.block_bytes, a, b)
         return all(torch.equal(_bytes(read(x, ours)), _bytes(read(y, theirs))) for x, y in pairs)
@@ -281,12 +288,12 @@ def _row_blocks(block_bytes: int, *tensors: Mosaic) -> Iterator[list[Mosaic]]:
         yield [narrow(each, 0, start, min(rows, tensor.shape[0] - start)) for each in tensors]
 
 
-def _lent_bytes(*tensors: Mosaic) -> int:
-    """What a block of transposed tensors takes, in its place and as it lies in the file; 0 for others, which fill a room."""
+def lent_bytes(*tensors: Mosaic) -> int:
+    """What a block of transposed tensors takes, in its place and around it; 0 for others, which fill a room."""
     tensor = tensors[0]
     if not tensor.elements or not any(is_transposed(each) for each in tensors):
         return 0
-    return 2 * -(-tensor.shape[0] // TRANSPOSED_BLOCKS) * (tensor.nbytes // tensor.shape[0])
+    return max(part.nbytes + _around_bytes(part) for parts in _row_blocks(0, *tensors) for part in parts)
 
 
 def _row_bytes(tensor: Mosaic) -> int:
@@ -305,6 +312,12 @@ def _lies_across(tile: Tile) -> bool:
     return len(tile.shape) == 2 and tile.strides[0] == 1 and tile.strides[1] > 1
 
 
+def _across_bytes(tile: Tile, itemsize: int) -> int:
+    """Some whole columns of such a part."""
+    rows, columns = tile.shape
+    return rows * itemsize * min(columns, max(1, ACROSS_BYTES // (rows * itemsize)))
+
+
 def _box(out: Tensor, tile: Tile) -> Tensor:
     for dim, (origin, size) in enumerate(zip(tile.origin, tile.shape)):
         out = out.narrow(dim, origin, size)
@@ -318,16 +331,25 @@ def _read_tile(tile: Tile, out: Tensor, around: Tensor) -> None:
         return
     in_place = _is_in_place(tile, out.shape) and out.is_contiguous()
     if not in_place and tile.elements and _lies_across(tile):
-        pieces, (rows, columns) = around[: tile.elements * out.dtype.itemsize], tile.shape
-        stride, piece_bytes = (count * out.dtype.itemsize for count in (tile.strides[1], rows))
-        read_pieces(tile.path, tile.start, stride, piece_bytes, memoryview(pieces.numpy()), "a tensor")
-        out.copy_(pieces.view(out.dtype).view(columns, rows).t())
+        _read_across(tile, out, around)
         return
     flat = out.view(-1) if in_place else around[: tile.span * out.dtype.itemsize].view(out.dtype)
     if flat.numel():
         read_exactly(tile.path, tile.start, memoryview(flat.view(torch.uint8).numpy()), "a tensor")
     if not in_place:
         out.copy_(flat.as_strided(tile.shape, tile.strides, flat.storage_offset()))
+
+
+def _read_across(tile: Tile, out: Tensor, around: Tensor) -> None:
+    """Some columns at a time, each a piece of the file."""
+    size, (rows, columns) = out.dtype.itemsize, tile.shape
+    step = _across_bytes(tile, size) // (rows * size)
+    for first in range(0, columns, step):
+        count = min(step, columns - first)
+        pieces = around[: count * rows * size]
+        start = tile.start + first * tile.strides[1] * size
+        read_pieces(tile.path, start, tile.strides[1] * size, rows * size, memoryview(pieces.numpy()), "a tensor")
+        out.narrow(1, first, count).copy_(pieces.view(out.dtype).view(count, rows).t())
 
 
 @contextmanager

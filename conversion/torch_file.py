@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from conversion.checkpoint import LFS_POINTER
 from conversion.ops import Mosaic, stored
 
 # No checkpoint's tensor has more, nor any file a larger pickle (a whole K1 in one rank file: 20 MB): more is an attack.
@@ -25,6 +26,9 @@ MAX_PICKLE_BYTES = 2**30
 # A few bytes of a pickle can hold a list a thousand times in each of many lists. Looking ends here instead: at a key of a
 # dict (the longest is two dtypes), an `_extra_state`, all arguments of a run with their texts.
 MAX_KEY_PARTS, MAX_STATE_PARTS, MAX_ARGUMENT_PARTS = 64, 2**12, 2**24
+# What is to be done where a file is not whole; and how one of torch before 1.6 begins.
+CUT_OFF = "a save or a copy broke off, fetch or save it again, or take an earlier iteration"
+OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -45,8 +49,8 @@ DTYPES = {
     uint64 bool complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu""".split()
 }
 # What Megatron checkpoints hold besides tensors: its own enums and configs, numpy's and torch's random states, plans of
-# torch's distributed checkpoints, and plain values. None of these names is ever looked up.
-INERT_PACKAGES = ("megatron", "transformer_engine", "torch.distributed.checkpoint")
+# torch's distributed checkpoints, activation functions, and plain values. None of these names is ever looked up.
+INERT_PACKAGES = ("megatron", "transformer_engine", "torch.distributed.checkpoint", "torch.nn.functional", "torch._C._nn")
 INERT_NAMES = {
     "argparse.Namespace",
     "types.SimpleNamespace",
@@ -69,6 +73,7 @@ INERT_NAMES = {
     "torch._C.Generator",
     "torch.serialization._get_layout",
     "collections.Counter",
+    "functools.partial",
     "datetime.timedelta",
     "numpy.ndarray",
     "numpy.dtype",
@@ -366,7 +371,8 @@ def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
         size = os.fstat(file.fileno()).st_size
         stop = size if length is None else start + length
         if not 0 <= start <= stop <= size:
-            raise ValueError(f"{path} has {size:,} bytes, {stop:,} are needed; it is truncated, fetch it again.")
+            reason = _reason(file, size) or "it is truncated, fetch it again"
+            raise ValueError(f"{path} has {size:,} bytes, {stop:,} are needed; {reason}.")
         try:
             records = records_of(file, start, stop)
             content = _read_pickle(file, records["data.pkl"])
@@ -375,9 +381,28 @@ def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
                 if file.read(records["byteorder"].size) != b"little":
                     raise ValueError("its numbers are big-endian")
         except (zipfile.BadZipFile, KeyError, ValueError, OSError, NotImplementedError, struct.error) as error:
-            raise ValueError(f"{path} is not a whole file of torch.save ({error}); fetch or save it again.") from error
+            reason, where = _reason(file, size) or CUT_OFF, str(path)
+            if length is not None:
+                reason = "the file is damaged, or of another save than .metadata; fetch it again"
+                where = f"what .metadata places at byte {start:,} of {path}"
+            raise ValueError(f"{where} is not a whole file of torch.save ({error}); {reason}.") from error
     storages = {name.removeprefix("data/"): record for name, record in records.items() if name.startswith("data/")}
     return unpickle(io.BytesIO(content), path, storages)
+
+
+def _reason(file, size: int) -> str | None:
+    """What the first bytes say of a file that cannot be read, and what to do; None if nothing."""
+    file.seek(0)
+    begins = file.read(24)
+    if not size:
+        return f"it is empty: {CUT_OFF}"
+    if begins.startswith(LFS_POINTER):
+        return "it is a pointer of Git LFS and not the file itself, run git lfs pull"
+    if not any(begins):
+        return f"it holds zeros where it should begin: {CUT_OFF}"
+    if begins.startswith(OLD_TORCH):
+        return "torch before 1.6 wrote it, load and save it again with a newer one"
+    return None
 
 
 def _read_pickle(file, record: Record) -> bytes:
@@ -402,6 +427,9 @@ def open_pickle(path: Path) -> Any:
             content = _read_some(file, os.fstat(file.fileno()).st_size)
         except ValueError as error:
             raise ValueError(f"{path} is too large ({error}); fetch or save it again.") from error
+        whole = content.rstrip(b"\0\r\n ").endswith(pickle.STOP)
+        if reason := _reason(file, len(content)) or (not whole and f"it lacks its end: {CUT_OFF}"):
+            raise ValueError(f"{path} is not a whole pickle of {len(content):,} bytes; {reason}.")
     return unpickle(io.BytesIO(content), path)
 
 

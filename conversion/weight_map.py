@@ -15,6 +15,8 @@ from conversion.checkpoint import listed
 from conversion.ops import Mosaic, cat, filled, split, split_halves
 from modeling_axk1.configuration_axk1 import AxK1Config
 
+# What a weight can be computed with as it is stored. 8 bits want a scale, which no checkpoint of Megatron's has beside it.
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # How tensor parallelism splits a tensor.
 REPLICATED = "replicated"
 ROWS = "rows"
@@ -190,7 +192,7 @@ def hf_shapes(rows: Iterable[Row]) -> dict[str, tuple[int, ...]]:
 
 
 def _account(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Mosaic], whose: str) -> None:
-    """Every tensor has its place and every place its tensor, of the size that the config gives it."""
+    """Every tensor has its place and every place its tensor, of the size that the config gives it and a dtype of weights."""
     missing = [name for name in wanted if name not in tensors]
     left = [name for name in tensors if name not in wanted]
     if missing or left:
@@ -206,6 +208,12 @@ def _account(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Mosaic
     ]
     if wrong:
         raise ValueError(f"the {whose} checkpoint has tensors of other sizes than its config: {listed(wrong)}.")
+    others = [f"{name} ({tensors[name].dtype})" for name in wanted if tensors[name].dtype not in WEIGHT_DTYPES]
+    if others:
+        raise ValueError(
+            f"the {whose} checkpoint holds {listed(others)} where the model has weights of fp64, fp32, bf16 or fp16; the file "
+            "is damaged or quantised, save it again unquantised."
+        )
 
 
 def add_absent(

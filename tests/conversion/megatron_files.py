@@ -42,6 +42,16 @@ def load_rank_file(path):
     return torch.load(path, weights_only=False, pickle_module=Pickle)
 
 
+def group_experts(model, hidden):
+    """A chunk of a rank file as GroupedMLP has it: a rank's experts transposed, one behind the other."""
+    for experts in sorted({name.split("local_experts")[0] for name in model if ".local_experts." in name}):
+        for number, shape in {1: (hidden, -1), 2: (-1, hidden)}.items():
+            names = [name for name in model if name.startswith(experts) and name.endswith(f"fc{number}.weight")]
+            model[f"{experts}weight{number}"] = torch.stack([model.pop(name).t() for name in names]).reshape(shape)
+        for name in [name for name in model if name.startswith(f"{experts}local_experts.")]:
+            del model[name]
+
+
 def models_in(folder):
     """{(rank folder, chunk, name): tensor or None} of all rank files under an iteration folder."""
     tensors = OrderedDict()

@@ -1,5 +1,6 @@
 """Does a checkpoint get from Megatron to Hugging Face and back without losing a bit, whatever happens on the way?"""
 
+import argparse
 import itertools
 import json
 import os
@@ -18,13 +19,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AXK1ForCausalLM
 
 import axk1
-from conversion import Reading, convert_to_hf, convert_to_megatron, inspect, to_hf, verify
+from conversion import Reading, convert_to_hf, convert_to_megatron, inspect, to_hf, to_megatron, verify
 from conversion.checkpoint import HashedFile, TensorSpec, plan_shards, shard_header, write_index
 from conversion.convert import Conversion
 from conversion.weight_map import rows_of
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
 from modeling_axk1.modeling_axk1 import AxK1DecoderLayer, AxK1RMSNorm
-from tests.conversion.megatron_files import FIXTURES, LAYOUTS, PLAIN, checkpoints, load_rank_file, models_in, reference
+from tests.conversion.megatron_files import (
+    FIXTURES,
+    LAYOUTS,
+    PLAIN,
+    checkpoints,
+    group_experts,
+    load_rank_file,
+    models_in,
+    reference,
+)
 from tests.random_models import ours, random_config, tiny_chat_config
 from tests.tolerances import MEGATRON
 from trainers.tokenizer import train_tokenizer
@@ -294,6 +304,30 @@ def test_inspect_says_what_it_is(tmp_path):
     assert "lacks the rank files mp_rank_01" in broken["problem"] and broken["layout"].startswith("TP2")
     convert_to_hf(SOURCE, tmp_path / "hf", progress=False)
     assert inspect(tmp_path / "hf")["parameters"] == inspect(SOURCE)["parameters"] == 252_256
+
+
+def test_inspect_prints_no_more_of_a_hostile_text_than_a_line(tmp_path):
+    source = FIXTURES / "tp1_pp1_ep1" / "legacy"
+    shutil.copytree(source, tmp_path / "source")
+    (path,) = (tmp_path / "source").rglob("*.pt")
+    file = load_rank_file(path)
+    file["args"] = argparse.Namespace(
+        **{name: value for name, value in vars(file["args"]).items() if name not in ("attention_backend", "model_type")}
+    )
+    file["args"].transformer_impl = "\x1b[2J" + "x" * 10**5
+    torch.save(file, path)
+    assert inspect(tmp_path / "source")["spec"] == repr("\x1b[2J" + "x" * 10**5)[:40]
+    assert inspect(source)["spec"] == "local"
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn, torch.bool], ids=str)
+def test_what_is_no_weights_dtype_is_refused_both_ways(tmp_path, dtype):
+    """A norm of whole numbers would be loaded as such, and scale by them."""
+    hf = saved_model(tmp_path / "hf")
+    name = "model.layers.1.input_layernorm.weight"
+    save_file(load_folder(hf) | {name: torch.ones(56).to(dtype)}, hf / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"Face checkpoint holds {name} \({dtype}\) where the model has weights"):
+        to_megatron(hf, tmp_path / "out")
 
 
 def test_verify_finds_one_bit(tmp_path):
@@ -682,6 +716,10 @@ source, folder, targets = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]
 for number, target in enumerate(targets):
     convert_to_megatron(source, folder / f"warm{number}", progress=False, **target)
     convert_to_hf(folder / f"warm{number}", folder / f"warm{number}-back", progress=False)
+for workers in (1, 16):
+    back = peak_of(convert_to_hf, folder / "grouped", folder / "back", workers=workers, shard_bytes=7_000_000)
+    print(json.dumps(["grouped", workers, 2**21, back]))
+    shutil.rmtree(folder / "back")
 for name in ("small", "large"):
     config = AxK1Config.from_pretrained(folder / name)
     specs = [TensorSpec(n, torch.float32, (r.shape[0] // len(r.hf), *r.shape[1:])) for r in rows_of(config) for n in r.hf]
@@ -689,7 +727,7 @@ for name in ("small", "large"):
     with (folder / name / shard.filename).open("wb") as file:
         file.write(shard_header(shard))
         file.truncate(len(shard_header(shard)) + shard.nbytes)
-    for target, workers in itertools.product(targets, (1, 4)):
+    for target, workers in itertools.product(targets, (1, 16)):
         options = {"workers": workers, "shard_bytes": shard.nbytes // 6}
         there = peak_of(convert_to_megatron, folder / name, folder / "there", **target, **options)
         back = peak_of(convert_to_hf, folder / "there", folder / "back", **options)
@@ -700,8 +738,15 @@ for name in ("small", "large"):
 """
 
 
-def test_memory_is_half_the_largest_tensor_a_worker(tmp_path):
-    """Twice the largest for four of them, of a small and of a large sparse file, there and back, verified."""
+def test_memory_is_twice_the_largest_tensor_however_many_workers(tmp_path):
+    """Of a small and of a large sparse file, there and back, verified, and of GroupedMLP's experts, which lie transposed."""
+    sizes = {"vocab_size": 64, "hidden_size": 256, "moe_intermediate_size": 2048, "num_hidden_layers": 2}
+    saved_model(tmp_path / "experts", **sizes)
+    convert_to_megatron(tmp_path / "experts", tmp_path / "grouped", format="legacy", progress=False)
+    (path,) = (tmp_path / "grouped").rglob("*.pt")
+    file = load_rank_file(path)
+    group_experts(file["model"], 256)
+    torch.save(file, path)
     for name, vocab, hidden, width in (("small", 2048, 128, 256), ("large", 4096, 512, 1024)):
         sizes = {"vocab_size": vocab, "hidden_size": hidden, "moe_intermediate_size": width, "n_routed_experts": 8}
         AxK1Config.preset("nano", **sizes).save_pretrained(tmp_path / name)
@@ -710,9 +755,11 @@ def test_memory_is_half_the_largest_tensor_a_worker(tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     results = [json.loads(line) for line in run.stdout.splitlines()]
     small, large = ("small", 2**20), ("large", 2**23)
+    cases = [("grouped", 2**21), *(case for case in (small, large) for _ in targets)]
     assert [(name, workers, size) for name, workers, size, *_ in results] == [
-        (name, workers, size) for name, size in (small, large) for _ in targets for workers in (1, 4)
+        (name, workers, size) for name, size in cases for workers in (1, 16)
     ]
     for _, workers, largest, *peaks in results:
-        # Beside the blocks: the plan, and the C library's heap of each thread; 0.01 MB for one worker, 0.7 for four, measured.
-        assert max(peaks) < workers * (largest / 2 + 2e5) + 1e5, results
+        assert largest / 4 < max(peaks) <= 2 * largest, results
+        # One worker's blocks, and what the C library keeps.
+        assert workers > 1 or max(peaks) < largest, results

@@ -129,6 +129,14 @@ def test_without_common_pt_the_state_is_among_the_chunks(copied, tmp_path):
     assert verify(SOURCE, tmp_path / "hf", progress=False) == []
 
 
+def test_torch_dcp_is_refused_by_name(tmp_path):
+    """Megatron's other use of torch's distributed checkpoints: the whole state, with the arguments as one more entry."""
+    state = {"args": argparse.Namespace(num_layers=1), "model": {"decoder.final_layernorm.weight": torch.ones(4)}}
+    dcp.save(state, checkpoint_id=tmp_path / "iter_0000010", no_dist=True)
+    with pytest.raises(ValueError, match="is of the format torch_dcp, that of FSDP2; have Megatron save it as torch_dist"):
+        open_it(tmp_path / "iter_0000010")
+
+
 def test_the_trained_state_is_not_even_opened(copied, tmp_path):
     """Names as a real run with a distributed optimizer writes them: a MoE's is a chain of two."""
 
@@ -255,6 +263,9 @@ def name_twice(metadata, name="decoder.layers.2.post_mlp_layernorm.weight"):
             lambda m: setattr(next(iter(m.storage_data.values())), "transform_descriptors", ["zstd"]),
             r"is stored as \['zstd'\]",
         ),
+        (lambda m: setattr(a_tensor(m), "chunks", 5), "describes .*linear_fc1.weight as no version of torch does"),
+        (lambda m: delattr(a_tensor(m), "properties"), "describes .*linear_fc1.weight as no version of torch does"),
+        (lambda m: setattr(next(iter(m.storage_data.values())), "length", None), r"at byte 0 \+ None; it is damaged"),
         (name_twice, "layers.2.post_mlp_layernorm.weight twice, under two names"),
     ],
 )
@@ -273,8 +284,36 @@ def test_missing_and_truncated_files_are_named(copied):
     path.unlink()
     with pytest.raises(ValueError, match="__1_0.distcp is missing"):
         open_it(copied)
+    metadata = (copied / ".metadata").read_bytes()
+    (copied / ".metadata").write_bytes(metadata[:5000])
+    with pytest.raises(ValueError, match=".metadata is not a whole pickle of 5,000 bytes; it lacks its end: a save or a copy"):
+        open_it(copied)
     (copied / ".metadata").unlink()
     with pytest.raises(ValueError, match="the save did not finish"):
+        open_it(copied)
+    for name in ("metadata.json", "common.pt"):
+        (copied / name).unlink()
+    with pytest.raises(ValueError, match="holds neither .metadata and metadata.json nor rank files: its save broke off"):
+        open_any(copied.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("__0_0.distcp", r"places at byte .* of .*/__0_0.distcp is not a whole .*or of another save than .metadata"),
+        (".metadata", "or of another save than .metadata; fetch it again"),
+    ],
+)
+def test_a_file_of_another_run_is_named(copied, name, complaint):
+    other = find_iteration(FIXTURES / "te_tp2_ep2_etp1" / "torch_dist")
+    shutil.copy(other / name, copied / name)
+    with pytest.raises(ValueError, match=complaint):
+        open_it(copied)
+
+
+def test_a_wrong_file_in_the_place_of_common_pt_is_named(copied):
+    torch.save({"step": 3, "state": {}}, copied / "common.pt")
+    with pytest.raises(ValueError, match=r"common.pt holds no Megatron arguments, only \[step, state\]; .* fetch the file that"):
         open_it(copied)
 
 

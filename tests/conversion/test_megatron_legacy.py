@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from conversion import convert_to_hf, convert_to_megatron, verify
+from conversion.convert import open_any
 from conversion.megatron import find_iteration
 from conversion.megatron_legacy import EMBEDDING, HEAD, Layout, check_layout, open_legacy, stage_layers
 from conversion.weight_map import POST_NORM_NAMES
 from modeling_axk1 import AxK1Config
-from tests.conversion.megatron_files import FIXTURES, load_rank_file, models_in
+from tests.conversion.megatron_files import FIXTURES, group_experts, load_rank_file, models_in
 
+MOE = "decoder.layers.1.mlp."
 # The layout, and the arguments that write it.
 WRITTEN = {
     "tp1_pp1_ep1": {},
@@ -173,6 +175,11 @@ def test_the_last_stages_copies_of_the_embedding_are_compared(tied, name):
 def test_the_last_stage_holds_the_embedding_for_whoever_needs_it(tied, tmp_path, left_out, needed):
     """The prediction layer under its own name, a tied head under the head's."""
     edit(last_stage(tied), _without(left_out))
+    if left_out == "mtp.":
+        with pytest.raises(ValueError, match="holds 0 prediction layers, its arguments say mtp_num_layers=1"):
+            verify(tied, tied, progress=False)
+        for path in tied.rglob("*.pt"):
+            edit(path, lambda file: setattr(file["args"], "mtp_num_layers", None))
     convert_to_megatron(tied, tmp_path / "out", format="legacy", pp=2, vocab_divisor=16, progress=False)
     assert {EMBEDDING, HEAD} & load_rank_file(last_stage(tmp_path / "out"))["model"].keys() == needed
     assert verify(tied, tmp_path / "out", progress=False) == []
@@ -185,6 +192,20 @@ def _without(prefix):
         file["model"] = {name: tensor for name, tensor in file["model"].items() if not name.startswith(prefix)}
 
     return drop
+
+
+def test_a_norm_of_whole_numbers_is_refused_and_the_routers_dtypes_are_kept(tmp_path):
+    shutil.copytree(FIXTURES / "tp1_pp1_ep1" / "legacy", tmp_path / "source")
+    (path,) = (tmp_path / "source").rglob("*.pt")
+    norm, router = "decoder.layers.1.input_layernorm.weight", "decoder.layers.1.mlp.router."
+    edit(path, lambda file: file["model"].update({f"{router}weight": file["model"][f"{router}weight"].double()}))
+    edit(path, lambda file: file["model"].update({f"{router}expert_bias": file["model"][f"{router}expert_bias"].half()}))
+    opened = open_any(tmp_path / "source").tensors
+    assert opened["model.layers.1.mlp.gate.weight"].dtype == torch.float64
+    assert opened["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float16
+    edit(path, lambda file: file["model"].update({norm: file["model"][norm].long()}))
+    with pytest.raises(ValueError, match=rf"{tmp_path}.* holds {norm} \(torch.int64\) where the model has weights"):
+        open_any(tmp_path / "source")
 
 
 @pytest.mark.parametrize(
@@ -255,18 +276,8 @@ def test_grouped_experts_split_otherwise_than_attention(tmp_path, layout):
     """GroupedMLP over fewer tensor-parallel ranks, and over expert ranks: a rank's experts transposed, one behind the other."""
     source = FIXTURES / "tp1_pp1_ep1" / "legacy"
     convert_to_megatron(source, tmp_path / "out", format="legacy", progress=False, **layout)
-
-    def group(file):
-        model = file["model"]
-        for layer in range(1, 4):
-            experts = f"decoder.layers.{layer}.mlp.experts."
-            for number, shape in {1: (64, -1), 2: (-1, 64)}.items():
-                names = [name for name in model if name.startswith(experts) and f"fc{number}.weight" in name]
-                matrices = [model.pop(name).t() for name in names]
-                model[f"{experts}weight{number}"] = torch.stack(matrices).reshape(shape)
-
     for path in (tmp_path / "out").rglob("*.pt"):
-        edit(path, group)
+        edit(path, lambda file: group_experts(file["model"], 64))
     assert verify(source, tmp_path / "out", progress=False) == []
 
 
@@ -323,13 +334,65 @@ def test_every_rank_has_to_agree_on_what_all_of_them_hold(copied, tmp_path):
     [
         (lambda file: file.update({"iteration": 77}), r"iteration \(77 and 10\)"),
         (lambda file: setattr(file["args"], "rotary_base", 5), r"rotary_base \(5 and 10000\)"),
-        (lambda file: setattr(file["args"], "expert_model_parallel_size", 1), "layout"),
+        (lambda file: setattr(file["args"], "expert_model_parallel_size", 1), "layout .'TP2 PP2 VPP1 EP1 ETP1' and 'TP2"),
+        (lambda file: setattr(file["args"], "bf16", True), r"bf16 \(True and False\); fetch the one"),
     ],
 )
 def test_rank_files_of_two_checkpoints_do_not_mix(copied, change, complaint):
     edit(copied / "mp_rank_01_001_001" / "model_optim_rng.pt", change)
     with pytest.raises(ValueError, match=f"mp_rank_01_001_001.* is of another checkpoint.*{complaint}"):
         open_it(copied)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("00_000_000", "01_000_001"), ("00_000_000", "00_001_000"), ("01_000_001", "01_001_001")]
+)
+def test_renamed_rank_folders_are_told_by_the_rank_that_wrote_them(copied, one, other):
+    """Swapped, the files fit each other as well as before: the experts or layers of one would be taken for the other's."""
+    for path in copied.glob("*/*.pt"):
+        tp, pp, _ = (int(number) for number in path.parent.name.removeprefix("mp_rank_").split("_"))
+        # With two data-parallel replicas, of which the second one wrote nothing.
+        edit(path, lambda file, rank=4 * pp + tp: setattr(file["args"], "rank", rank))
+    open_it(copied)
+    for old, new in ((one, "aside"), (other, f"mp_rank_{one}"), ("aside", f"mp_rank_{other}")):
+        (copied / (old if old == "aside" else f"mp_rank_{old}")).rename(copied / new)
+    with pytest.raises(ValueError, match="says that rank . wrote it, which is not the one that its folder is named after"):
+        open_it(copied)
+
+
+def _gpt(**said):
+    """A change to the rank file of another architecture: GPT's arguments, and these."""
+    gpt = {"swiglu": False, "normalization": "LayerNorm", "multi_latent_attention": False, "q_lora_rank": None}
+    return lambda file: vars(file["args"]).update(gpt | said)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (_gpt(), "multi_latent_attention=False is not A.X K1: .*; only checkpoints of A.X K1 are converted"),
+        (_gpt(multi_latent_attention=None), "normalization='LayerNorm' is not A.X K1"),
+        (lambda file: setattr(file["args"], "moe_router_score_function", "softmax"), "router is a sigmoid; only"),
+        (lambda file: file.update(model={"language_model": {"embedding": {}}}), "before Megatron core, load it with"),
+        (lambda file: file.update(model={}), "holds no decoder layers, no weights at all; .* fetch the model's own files"),
+        (lambda file: file.update(optimizer=file.pop("model")), r"only \[args, .*optimizer\]; it was saved without the"),
+        (lambda file: file["model"].update({EMBEDDING: torch.tensor(0.0)}), r"shapes \[\[\]\] do not make"),
+        (lambda file: file["model"].update({5: torch.zeros(3)}), "5 names a tensor"),
+        (lambda file: file["model"].update({f"{MOE}experts.weight1": torch.zeros(9)}), r"is of shape \[9\], no matrix"),
+    ],
+)
+def test_a_model_of_another_kind_or_none_is_named(tmp_path, change, complaint):
+    shutil.copytree(FIXTURES / "tp1_pp1_ep1" / "legacy", tmp_path / "source")
+    edit(next((tmp_path / "source").rglob("*.pt")), change)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'source'}.*{complaint}"):
+        open_any(tmp_path / "source")
+
+
+def test_one_rank_of_another_dtype_is_named(copied):
+    path = copied / "mp_rank_01_000_001" / "model_optim_rng.pt"
+    name = "decoder.layers.0.self_attention.linear_proj.weight"
+    edit(path, lambda file: file["model"].update({name: file["model"][name].bfloat16()}))
+    with pytest.raises(ValueError, match=f"{name} is torch.float32 on one rank, torch.bfloat16 on another"):
+        open_any(copied)
 
 
 @pytest.mark.parametrize(

@@ -161,13 +161,14 @@ def test_a_file_that_shrinks_is_an_error(on_disk):
         read(mosaic)
 
 
-def test_a_transposed_tensor_is_read_by_half_of_itself(on_disk, monkeypatch):
-    """GroupedMLP's experts: a quarter of one at a time, as it lies in the file and as it should, in memory asked for once."""
+def test_a_transposed_tensor_is_read_by_quarters(on_disk, monkeypatch):
+    """GroupedMLP's experts: a quarter of one at a time and a few columns as they lie in the file, in memory asked for once."""
+    monkeypatch.setattr("conversion.ops.ACROSS_BYTES", 5 * 6 * 4 + 1)
     matrix, mosaic = on_disk(96, 42)
     gate = narrow(swap(mosaic), 0, 0, 21)
     sizes, rooms = [], Rooms(64)
     monkeypatch.setattr("conversion.ops.room", lambda nbytes: sizes.append(nbytes) or room(nbytes))
     for _ in range(2):
         assert torch.cat([block.clone() for block in blocks(gate, rooms)]).equal(matrix[:, :21].t().flatten())
-    assert sizes == [2 * 6 * 96 * 4]
+    assert sizes == [6 * 96 * 4 + 5 * 6 * 4]
     assert same_bits(gate, gate, rooms) and len(sizes) == 2 and max(sizes) == sizes[0]

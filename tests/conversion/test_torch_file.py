@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import functools
 import io
 import os
 import pathlib
@@ -165,6 +166,16 @@ def test_damage_is_named(tmp_path, change, complaint):
     assert str(path) in str(error.value)
 
 
+def test_functions_among_the_arguments_stay_names(tmp_path):
+    """An activation, or a part of one: neither is looked up, nor called."""
+    gelu = torch.nn.functional.gelu
+    functions = {"silu": torch.nn.functional.silu, "gelu": gelu, "part": functools.partial(gelu, approximate="tanh")}
+    found = open_torch_file(saved(tmp_path, {"args": argparse.Namespace(num_layers=2, **functions)}))
+    said = plain(found["args"])
+    assert said["num_layers"] == 2 and not any(callable(value) and value is gelu for value in said.values())
+    assert [issubclass(said[name], Inert) for name in ("silu", "gelu")] == [True, True]
+
+
 def test_truncated_compressed_and_old_files(tmp_path):
     path = saved(tmp_path, {"w": torch.zeros(300)})
     (tmp_path / "short.pt").write_bytes(path.read_bytes()[:-200])
@@ -177,8 +188,24 @@ def test_truncated_compressed_and_old_files(tmp_path):
             archive.writestr(name, data)
     with pytest.raises(ValueError, match="is compressed"):
         open_torch_file(tmp_path / "packed.pt")
-    with pytest.raises(ValueError, match="not a whole file of torch.save"):
+    with pytest.raises(ValueError, match="not a whole file of torch.save .*; torch before 1.6 wrote it, load and save it"):
         open_torch_file(saved(tmp_path, {"w": 1}, _use_new_zipfile_serialization=False))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty: a save or a copy broke off, fetch or save it again, or take an earlier iteration"),
+        (bytes(5000), "it holds zeros where it should begin: a save or a copy broke off"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n", "it is a pointer of Git LFS and not the file"),
+    ],
+    ids=["empty", "zeros", "lfs"],
+)
+def test_a_file_that_is_not_there_yet_says_why(tmp_path, content, reason):
+    (tmp_path / "file").write_bytes(content)
+    for opened in (open_torch_file, open_pickle, lambda path: open_torch_file(path, 0, 10**6)):
+        with pytest.raises(ValueError, match=f"{tmp_path / 'file'} .*; {reason}"):
+            opened(tmp_path / "file")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Is the table whole, does it read the same in both directions, and does it list what does not fit?"""
 
-import random
+import zlib
 
 import pytest
 import torch
@@ -55,8 +55,9 @@ def on_disk(folder, rows):
         for name in row.hf:
             shape = (row.shape[0] // len(row.hf), *row.shape[1:])
             path = folder / name
-            path.write_bytes(random.Random(name).randbytes(4 * torch.Size(shape).numel()))
-            tensors[name] = stored(path, 0, torch.int32, shape)
+            numbers = torch.rand(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+            path.write_bytes(numbers.numpy().tobytes())
+            tensors[name] = stored(path, 0, torch.float32, shape)
     return tensors
 
 
@@ -99,7 +100,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
     del left["lm_head.weight"]
     with pytest.raises(ValueError, match=r"missing \[lm_head.weight\], left over \[model.layers.9.surprise.weight\]"):
         hf_to_megatron(rows, left)
-    wrong = tensors | {"model.norm.weight": filled(torch.int32, (5,), 0)}
+    wrong = tensors | {"model.norm.weight": filled(torch.float32, (5,), 0)}
     with pytest.raises(ValueError, match=r"model.norm.weight \[5\] instead of \[128\]"):
         hf_to_megatron(rows, wrong)
 
