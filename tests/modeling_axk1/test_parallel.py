@@ -126,7 +126,7 @@ def sparse_copy(folder: Path, copy: Path) -> str:
     return str(copy)
 
 
-def mixtures_of(saved, out: Path) -> list[tuple[str, type]]:
+def mixtures_of(saved, out: Path) -> list[tuple[str, type, str]]:
     """Folder, class, and where its adapter is saved, ours and another: MIXTURES."""
     of = (str(saved[0]), AxK1ForCausalLM), (str(out / "qwen3_moe"), Qwen3MoeForCausalLM)
     return [(*each, str(out / f"adapter-{name}")) for each, name in zip(of, MIXTURES, strict=True)]
