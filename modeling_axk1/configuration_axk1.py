@@ -496,7 +496,7 @@ def count_flops(
     return {**parts, "total": sum(parts.values())}
 
 
-def in_units(size: int) -> str:
+def in_units(size: float) -> str:
     """Bytes for people, down to kilobytes: a model on a laptop has megabytes."""
     unit, name = next((each for each in ((1e9, "GB"), (1e6, "MB")) if size >= each[0]), (1e3, "kB"))
     return f"{size / unit:,.1f} {name}"
