@@ -34,13 +34,14 @@ CASES = [(batch, tokens) for batch in (1, 16) for tokens in (1024, 4096, 16384, 
 FLOPS_A_PAIR = 2 * (LATENT + ROPE) + 2 * LATENT
 
 
-def block_of(batch: int, tokens: int) -> mla_kernels.Block:
-    return mla_kernels.MANY_HEADS if batch * tokens >= mla_kernels.MANY_TOKENS else mla_kernels.FEW_HEADS
+def parts_of(batch: int, tokens: int) -> int:
+    """Of the cache, on a GPU like the H200."""
+    return mla_kernels.split(mla_kernels.block_of(batch, HEADS, tokens, large=True), batch, HEADS, tokens)[0]
 
 
 def paper_us(batch: int, tokens: int, bytes_a_second: float, flops_a_second: float) -> float:
     """The larger of reading the cache once (with queries and the parts' sums) and of the FLOPs."""
-    parts, _ = mla_kernels.split(block_of(batch, tokens), batch, HEADS, tokens)
+    parts = parts_of(batch, tokens)
     cache_bytes = batch * tokens * (LATENT + ROPE) * BF16_BYTES
     other_bytes = batch * HEADS * ((LATENT + ROPE + LATENT) * BF16_BYTES + 2 * parts * (LATENT + 2) * 4)
     return 1e6 * max(
@@ -129,9 +130,8 @@ def print_paper() -> None:
     title = f"prediction at {H200_BYTES_A_SECOND / 1e12:.1f} TB/s and {H200_FLOPS / 1e12:.0f} TFLOP/s"
     table = Table("batch", "cached tokens", "parts", "microseconds a layer", title=title)
     for batch, tokens in CASES:
-        parts, _ = mla_kernels.split(block_of(batch, tokens), batch, HEADS, tokens)
         us = paper_us(batch, tokens, H200_BYTES_A_SECOND, H200_FLOPS)
-        table.add_row(str(batch), f"{tokens:,}", str(parts), f"{us:.1f}")
+        table.add_row(str(batch), f"{tokens:,}", str(parts_of(batch, tokens)), f"{us:.1f}")
     Console(width=130).print(table)
 
 

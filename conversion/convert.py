@@ -296,11 +296,9 @@ class Conversion:
         """Write, compare with the source, move into place.
 
         workers: files written at a time, fewer if they would hold more than twice the largest tensor; the bytes do not depend on
-        it. verify: read the result back and compare it with the
-        source, tensor by tensor.
-        check_nan: look for NaN in the source first. A killed conversion goes on where it was when run again, and ends in the same
-        bytes. ValueError says what cannot be converted; OSError if the disk is full, or a source file gone: the source is
-        untouched, the same call resumes.
+        it. verify: read the result back and compare it with the source, tensor by tensor. check_nan: look for NaN in the source
+        first. A killed conversion goes on where it was when run again, and ends in the same bytes. ValueError says what cannot be
+        converted; OSError if the disk is full, or a source file gone: the source is untouched, the same call resumes.
         """
         workers = checked_workers(workers)
         if check_nan:

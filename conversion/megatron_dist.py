@@ -152,7 +152,7 @@ def _described(folder: Path, name: str, entry: Inert) -> tuple[Any, tuple[int, .
         state = entry.properties.state
         dtype = state[0] if isinstance(state, tuple) else state.get("dtype")
         return dtype, _sizes(entry.size), [(_sizes(chunk.offsets), _sizes(chunk.sizes)) for chunk in entry.chunks]
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, IndexError, TypeError) as error:
         raise ValueError(
             f"{folder / '.metadata'} describes {name} as no version of torch does ({error}); it is damaged, fetch it again."
         ) from error

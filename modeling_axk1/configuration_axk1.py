@@ -282,7 +282,7 @@ def check_fields(config: AxK1Config, rope_scaling: Any) -> None:
             raise ValueError(f"{name} names more than {MAX_LAYERS:,} layers, more than any model has; correct the config.")
     for field, (low, high) in RANGES.items():
         value = getattr(config, field)
-        if type(value) not in (int, float) or not low <= value <= high or value == math.inf:
+        if not (_is_finite(value) and low <= value <= high):
             raise ValueError(f"{field}={value!r} is outside {low:g} to {high:g}; choose a number inside.")
     for field in FLAGS:
         value = getattr(config, field)
@@ -303,6 +303,11 @@ def check_fields(config: AxK1Config, rope_scaling: Any) -> None:
         raise ValueError(f"moe_layer_freq={freq!r} is no rule; use a number or a list of 0 and 1, 1 for all layers.")
 
 
+def _is_finite(value: Any) -> bool:
+    """A number, and none of JSON's NaN and Infinity. A comparison, unlike isfinite, takes an integer of any size."""
+    return type(value) in (int, float) and -math.inf < value < math.inf
+
+
 def check_rope(rope: dict[str, Any]) -> None:
     """Raise ValueError for a value of RoPE's that is none: transformers would warn, or not even that."""
     kind, truncate = rope["rope_type"], rope.get("truncate", True)
@@ -315,7 +320,7 @@ def check_rope(rope: dict[str, Any]) -> None:
         value, positive = rope.get(name), name in ROPE_POSITIVE
         if name not in rope or (value is None and name not in needed):
             continue
-        if type(value) not in (int, float) or not (0 < value if positive else 0 <= value) or value == math.inf:
+        if not (_is_finite(value) and (0 < value if positive else 0 <= value)):
             kind = "a number above 0" if positive else "a number of 0 or more"
             raise ValueError(f"rope_parameters has {name}={value!r}, not {kind}; give the one that was trained with.")
 
@@ -496,7 +501,7 @@ def count_flops(
     return {**parts, "total": sum(parts.values())}
 
 
-def in_units(size: int) -> str:
+def in_units(size: float) -> str:
     """Bytes for people, down to kilobytes: a model on a laptop has megabytes."""
     unit, name = next((each for each in ((1e9, "GB"), (1e6, "MB")) if size >= each[0]), (1e3, "kB"))
     return f"{size / unit:,.1f} {name}"

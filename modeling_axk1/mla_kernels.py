@@ -164,8 +164,11 @@ def merge(sum_BPNL, state_BPN2, out_BNL, heads, latent, parts, PADDED: tl.conste
 
 
 def block_for(query_BNL: Tensor, tokens: int) -> Block:
-    batch, heads, _ = query_BNL.shape
     large = capability(query_BNL) in LARGE_SHARED_MEMORY and query_BNL.dtype != torch.float32
+    return block_of(*query_BNL.shape[:2], tokens, large)
+
+
+def block_of(batch: int, heads: int, tokens: int, large: bool) -> Block:
     return MANY_HEADS if large and heads > FEW_HEADS.heads and batch * tokens >= MANY_TOKENS else FEW_HEADS
 
 

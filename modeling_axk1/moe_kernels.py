@@ -736,9 +736,9 @@ def launch(kernel, grid: tuple, *arguments, warps: int = 4, stages: int = 1, **c
 
 
 def launch_matmul(kernel, tile: Tile, grid: tuple, even: bool, *arguments, **constants) -> None:
+    # 192 rows are 128 and 64 more: Triton's blocks are powers of two.
     rows = next_power_of_two(tile.rows + 1) // 2
     if kernel is not outer:
-        # 192 rows are 128 and 64 more: Triton's blocks are powers of two.
         constants["MORE"] = tile.rows - rows
     launch(
         kernel, grid, *arguments, warps=tile.warps, stages=tile.stages, ROWS=rows, COLUMNS=tile.columns,
@@ -746,7 +746,7 @@ def launch_matmul(kernel, tile: Tile, grid: tuple, even: bool, *arguments, **con
     )  # fmt: skip
 
 
-# Triton's functions of these names can be called in kernels too, and take five microseconds here, ten times in a decoding layer.
+# Triton's own of these two can be called in kernels too, and take five microseconds here, ten times in a decoding layer.
 def cdiv(number: int, by: int) -> int:
     return -(-number // by)
 

@@ -23,7 +23,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
@@ -470,11 +470,12 @@ def load_quantized(
     """
     if quantization_config is None or model_class is None:
         names = ("revision", "token", "cache_dir", "local_files_only")
-        config = AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in names if name in kwargs})
-        if quantization_config is None and getattr(config, "quantization_config", None) is None:
+        # As a table: a class that is given may be of a model type that transformers does not know.
+        said, _ = PreTrainedConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})
+        if quantization_config is None and not said.get("quantization_config"):
             raise ValueError(f"{path} is not quantised; give a quantization_config, or load it with from_pretrained.")
     if model_class is None:
-        names = config.architectures
+        names = said.get("architectures")
         if not names or not hasattr(transformers, names[0]):
             raise ValueError(f"{path} names the architectures {names}, none of transformers'; pass model_class.")
         model_class = getattr(transformers, names[0])

@@ -1,15 +1,19 @@
 """What may a chat request hold?  OpenAI's fields, checked; what transformers' serving would drop without a word is refused."""
 
-import math
+import json
+import sys
 from collections.abc import Callable
 
 # OpenAI's names. All but the first mean thinking: A.X K1 has two modes, the budget bounds the thought.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 DROPPED = ("functions", "function_call", "audio", "prediction", "web_search_options", "presence_penalty")
+# What transformers' serving gives the chat template itself.
+SET_HERE = ("tools", "add_generation_prompt", "tokenize", "return_tensors", "return_dict", "load_audio_from_video")
 
 
 def _whole(least: int) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """Of 64 bits, as torch holds it."""
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 
 
 def _number(least: float, most: float) -> Callable[[object], bool]:
@@ -20,10 +24,10 @@ NUMBERS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "temperature": ("a number from 0", _number(0, 1e6)),
     "top_p": ("a share from 0 to 1", _number(0, 1)),
     "frequency_penalty": ("a number from -2 to 2", _number(-2, 2)),
-    "seed": ("a whole number", _whole(-math.inf)),
-    "max_tokens": ("a number of tokens from 1", _whole(1)),
-    "max_completion_tokens": ("a number of tokens from 1", _whole(1)),
-    "thinking_budget": ("a number of tokens from 0", _whole(0)),
+    "seed": ("a whole number of 64 bits", _whole(-(2**63))),
+    "max_tokens": ("a number of tokens from 1 and below 2**63", _whole(1)),
+    "max_completion_tokens": ("a number of tokens from 1 and below 2**63", _whole(1)),
+    "thinking_budget": ("a number of tokens from 0 and below 2**63", _whole(0)),
 }
 
 
@@ -32,6 +36,10 @@ def read_request(body: dict) -> dict:
 
     ValueError for what is no request, and for what would not be done.
     """
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The request holds half a character ({error}); send both of its \\u escapes.") from error
     body = {name: value for name, value in body.items() if value is not None}
     body |= {"messages": _messages(body.get("messages"))}
     _refuse_unmet(body)
@@ -60,8 +68,16 @@ def _message(where: str, message: object) -> dict:
                 raise ValueError(f'{where} has the part {part!r}; give {{"type": "text", "text": ...}}.')
     elif content is not None and not isinstance(content, str):
         raise ValueError(f"{where} has the content {content!r}; give a text.")
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(map(_is_call, calls)):
+        raise ValueError(f"{where} has the tool_calls {calls!r}; give a list of functions with name and arguments.")
     # OpenAI's newer name.
     return message | {"role": "system"} if message["role"] == "developer" else message
+
+
+def _is_call(call: object) -> bool:
+    function = (call.get("function") or call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and "arguments" in function
 
 
 def _refuse_unmet(body: dict) -> None:
@@ -89,7 +105,7 @@ def _with_stop(body: dict) -> dict:
 def _with_biases(body: dict) -> dict:
     """Whole numbers, which are most of OpenAI's biases, as transformers takes them."""
     biases = body.get("logit_bias", {})
-    fits = _number(-math.inf, math.inf)
+    fits = _number(-sys.float_info.max, sys.float_info.max)
     if not isinstance(biases, dict) or not all(token.isdecimal() and fits(bias) for token, bias in biases.items()):
         raise ValueError(f"logit_bias={biases!r} is no table of token ids with a number each.")
     return body | {"logit_bias": {token: float(bias) for token, bias in biases.items()}} if biases else body
@@ -107,6 +123,8 @@ def _with_mode(body: dict) -> dict:
     template = body.get("chat_template_kwargs", {})
     if not isinstance(template, dict):
         raise ValueError(f"chat_template_kwargs={template!r} is no table; give such as {{\"enable_thinking\": true}}.")
+    if taken := [name for name in SET_HERE if name in template]:
+        raise ValueError(f"chat_template_kwargs holds {taken[0]}, which this server sets; leave it out.")
     if not isinstance(template.get("enable_thinking", False), bool):
         raise ValueError(f"enable_thinking={template['enable_thinking']!r} names no mode; use true or false.")
     effort = body.get("reasoning_effort")

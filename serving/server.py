@@ -210,7 +210,7 @@ def build_app(model, tokenizer, *, name: str, think: bool = False) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(_: Request, error: RequestValidationError):
-        return _error(400, f"The request's body is no JSON object ({error.errors()[0]['msg']}).")
+        return _error(400, f"The request's body is no JSON object ({error.errors()[0]['msg']}); send one, as application/json.")
 
     @app.exception_handler(HTTPException)
     async def pass_on(_: Request, error: HTTPException):

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from modeling_axk1 import AxK1Config, count_flops, count_parameters
+from modeling_axk1.configuration_axk1 import in_units
 
 MICRO_BATCH = 4096  # tokens of one micro-batch: a sequence of stages 1 and 2
 # Steps of a run: DeepSeek-V3's 14.8T tokens in batches of 15,360 x 4,096, Kimi K2's 15.5T in batches of 67M.
@@ -21,7 +22,6 @@ RESERVED = 0.05
 LOGIT_BYTES = {False: 52, True: 6}
 # Units in which figures are shown, from the largest.
 COUNTS = {"T": 1e12, "B": 1e9, "M": 1e6}
-BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 TIMES = {"days": 86400, "hours": 3600, "minutes": 60, "s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 
@@ -311,7 +311,7 @@ def choose_layout(config: AxK1Config, cluster: Cluster, tokens: float, model_flo
         total = count_parameters(config)["total"]
         raise ValueError(
             f"{scaled(total, COUNTS)} parameters fit no layout on {cluster.gpus} x {cluster.gpu.name}: the leanest needs "
-            f"{scaled(least, BYTES)} of {scaled(limit, BYTES)} a GPU; use more GPUs (a power of two), larger ones, or fewer "
+            f"{in_units(least)} of {in_units(limit)} a GPU; use more GPUs (a power of two), larger ones, or fewer "
             "FLOPs."
         )
     fastest = max(rate for *_, rate in fitting)
@@ -357,7 +357,7 @@ def describe(config, cluster, tokens, model_flops, pipeline: int, expert: int, c
         f"layout: PP {pipeline}, EP {expert}, CP {context} at 4,096 tokens (longer sequences: more, taken from DP), TP 1, "
         f"DP {replicas}; within 5% of the fastest layout that fits, the least CP, then the shortest pipeline",
         describe_memory(memory, gpu, pipeline),
-        f"all-to-all: {scaled(near, BYTES)} over NVLink ({gpu.nvlink_bytes_per_s / 1e9:.0f} GB/s) and {scaled(far, BYTES)} over "
+        f"all-to-all: {in_units(near)} over NVLink ({gpu.nvlink_bytes_per_s / 1e9:.0f} GB/s) and {in_units(far)} over "
         f"InfiniBand ({gpu.infiniband_bytes_per_s / 1e9:.0f} GB/s) a token and MoE layer",
         f"batch: {batch:,} tokens (tokens / {STEPS:,} steps, as DeepSeek-V3 and Kimi K2), {micro_batches} micro-batches a "
         f"replica, bubble {costs['pipeline_bubble']:.1%} [2104.04473]",
@@ -367,11 +367,11 @@ def describe(config, cluster, tokens, model_flops, pipeline: int, expert: int, c
 
 
 def describe_memory(memory: dict[str, float], gpu: Gpu, pipeline: int) -> str:
-    shown = {name: scaled(value, BYTES) for name, value in memory.items()}
+    shown = {name: in_units(value) for name, value in memory.items()}
     return (
         f"memory of the fullest GPU: weights and gradients {shown['weights_and_gradients']} (6 bytes a parameter), AdamW "
         f"in fp32 {shown['optimizer']} (12, split over GPUs that hold the same), activations {shown['activations']} "
-        f"({pipeline} micro-batches in flight, MLA up-projections recomputed) = {scaled(sum(memory.values()), BYTES)} of "
+        f"({pipeline} micro-batches in flight, MLA up-projections recomputed) = {in_units(sum(memory.values()))} of "
         f"{gpu.memory_bytes / 1e9:.0f} GB"
     )
 

@@ -390,7 +390,7 @@ def _run(recipe: Recipe, out: Path, stages: Sequence[Stage]) -> None:
         try:
             executors[-1].run()
         except subprocess.CalledProcessError as error:
-            raise ValueError(f"sbatch took no job, with status {error.returncode} (see above); mend `slurm`.") from error
+            raise ValueError(f"sbatch refused a job, with status {error.returncode} (see above); mend `slurm`.") from error
         queued = sum(executor.job_id != -1 for executor in executors)
         print(f"queued {queued} jobs; {out / 'report.html'} is written by the last" if queued else f"{out} is done already")
         return

@@ -279,6 +279,8 @@ def scaled(curriculum: Curriculum, scale: float, rows: int = 1) -> Curriculum:
     """
     if not 0 < scale <= 1:
         raise ValueError(f"scale={scale} is no share of the run; use a number above 0 and up to 1.")
+    if scale == 1:
+        return curriculum
     stages = [
         replace(s, tokens=round(s.tokens * scale), batch_ramp_tokens=round(s.batch_ramp_tokens * scale))
         for s in curriculum.stages
@@ -288,10 +290,8 @@ def scaled(curriculum: Curriculum, scale: float, rows: int = 1) -> Curriculum:
     smaller = max(shorter, _halvings((batch, tokens) for tokens, _, batch in levels))
     if rows > 1:
         shorter = max(shorter, _halvings((rows * length, batch >> smaller) for _, length, batch in levels))
-    if scale == 1:
-        shorter = smaller = 0
     shortest = min(length for _, length, _ in levels) >> shorter
-    if scale < 1 and shortest < SHORTEST_CONTEXT:
+    if shortest < SHORTEST_CONTEXT:
         shared = f" for {rows} ranks times accumulation steps" if rows > 1 else ""
         raise ValueError(
             f"At scale={scale:g} the smallest level has {min(tokens for tokens, _, _ in levels):,.0f} tokens and contexts would "

@@ -162,7 +162,9 @@ class DapoGspoConfig(GRPOConfig):
             return
         every = math.lcm(self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps)
         updates = every // self.gradient_accumulation_steps
-        if self.save_steps < 1 and updates > 1:
+        if updates == 1:
+            return
+        if self.save_steps < 1:
             raise ValueError(
                 f"save_steps={self.save_steps} is a share of the run, whose steps may fall between the {updates} updates of one "
                 f"generated batch, which a resumed run would not have; use a number of steps, a multiple of {updates}."

@@ -15,8 +15,8 @@ import math
 from dataclasses import dataclass
 
 from modeling_axk1 import AxK1Config, count_flops, count_parameters
+from modeling_axk1.configuration_axk1 import in_units
 from trainers.cluster import (
-    BYTES,
     COUNTS,
     TIMES,
     Cluster,
@@ -534,7 +534,7 @@ def text_of_plan(plan: Plan) -> str:
         ),
         (
             "memory",
-            f"{scaled(figures['memory_bytes_per_gpu'], BYTES)} of {plan.cluster.gpu.memory_bytes / 1e9:.0f} GB a GPU",
+            f"{in_units(figures['memory_bytes_per_gpu'])} of {plan.cluster.gpu.memory_bytes / 1e9:.0f} GB a GPU",
         ),
         ("throughput", f"{figures['tflops_per_gpu']:.1f} TFLOP/s a GPU"),
     ]

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from modeling_axk1 import AxK1Config, count_parameters
+from modeling_axk1.configuration_axk1 import in_units
 from modeling_axk1.quantization_axk1 import Card, deal, quantized_bytes, token_bytes
-from trainers.cluster import BYTES, GPUS, Gpu, find_gpu, linear_elements, scaled
+from trainers.cluster import GPUS, Gpu, find_gpu, linear_elements
 from trainers.report import text_table
 from trainers.sharding import four_bit_bytes
 
@@ -168,14 +169,14 @@ def derivation(config: AxK1Config, context: int, batch: int) -> list[str]:
     per_layer = config.kv_lora_rank + config.qk_rope_head_dim
     return [
         f"{counts['total']:,} parameters; "
-        + ", ".join(f"{p.name} {scaled(quantized_bytes(config, p.name), BYTES)}" for p in PRECISIONS),
+        + ", ".join(f"{p.name} {in_units(quantized_bytes(config, p.name))}" for p in PRECISIONS),
         *(f"{precision.name}: {precision.source}" for precision in PRECISIONS),
         "embedding, head, router and norms stay bf16",
         f"cache: {config.kv_lora_rank} + {config.qk_rope_head_dim} = {per_layer} values of 2 bytes a token and layer, {layers} "
         f"layers: {token_bytes(config, layers):,} bytes a token; {batch} x {context:,} tokens = "
-        f"{scaled(token_bytes(config, layers) * batch * context, BYTES)}. Each GPU of a TP group holds it whole; "
+        f"{in_units(token_bytes(config, layers) * batch * context)}. Each GPU of a TP group holds it whole; "
         "DP deals requests",
-        f"activations: a chunk of {CHUNK:,} tokens through one layer, {scaled(activation_bytes(config), BYTES)}",
+        f"activations: a chunk of {CHUNK:,} tokens through one layer, {in_units(activation_bytes(config))}",
         f"{USABLE:.0%} of a GPU's memory is counted (vLLM's gpu_memory_utilization)",
         f"GPU counts tried: vLLM {', '.join(map(str, GPU_COUNTS['vllm']))}; transformers every one of a machine's",
         "layers over N GPUs work one after another; experts over N work at once, and each GPU holds the rest and the cache whole",
@@ -193,10 +194,10 @@ def text_of_serving(
         {
             "GPU": way.gpu,
             "precision": way.precision,
-            "weights": scaled(way.weight_bytes, BYTES),
+            "weights": in_units(way.weight_bytes),
             "GPUs": str(way.gpus),
             "layout": way.layout,
-            "weights/GPU": scaled(way.weight_bytes_per_gpu, BYTES),
+            "weights/GPU": in_units(way.weight_bytes_per_gpu),
             "cached tokens": f"{way.cache_tokens:,}",
             f"x {context:,}": f"{way.sequences:,}",
         }

@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorProperties
 
 from conversion import convert_to_hf, convert_to_megatron, inspect, verify
 from conversion.convert import open_any
@@ -231,6 +231,13 @@ def test_no_file_outside_the_folder_is_read(copied, relative):
 
     edit_metadata(copied, point)
     with pytest.raises(ValueError, match="only files beside it are read"):
+        open_it(copied)
+
+
+def test_a_tensor_of_no_properties_is_named(copied, monkeypatch):
+    monkeypatch.setattr(TensorProperties, "__getstate__", lambda properties: ())
+    edit_metadata(copied, lambda metadata: None)
+    with pytest.raises(ValueError, match="describes .* as no version of torch does .*; it is damaged, fetch it again"):
         open_it(copied)
 
 

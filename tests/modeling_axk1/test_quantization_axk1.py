@@ -345,6 +345,14 @@ def test_one_call_does_it_for_any_mixture(kind, config, folder, tmp_path):
     assert (logits(back) - expected).abs().max() <= PREFILL * max(1, expected.abs().max())
 
 
+def test_a_class_that_is_given_needs_no_model_type_that_transformers_knows(tmp_path):
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**STOCK)).save_pretrained(tmp_path / "plain")
+    load_quantized(tmp_path / "plain", BitsAndBytesConfig(**NF4)).save_pretrained(tmp_path / "bits")
+    path = tmp_path / "bits" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "own"}))
+    assert quantized_share(load_quantized(tmp_path / "bits", model_class=Qwen3MoeForCausalLM)) > 0.8
+
+
 def test_experts_stacked_on_disk_are_an_error_and_no_random_weights(tmp_path):
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**STOCK)).save_pretrained(tmp_path, save_original_format=False)
     with pytest.raises(ValueError, match="lacks 48 expert matrices, model.layers.0.mlp.experts.0.down_proj.weight"):

@@ -1,5 +1,6 @@
 """Does the endpoint speak OpenAI's protocol, in both modes, streamed or not? Asked over HTTP with OpenAI's own client."""
 
+import json
 import threading
 import time
 
@@ -177,18 +178,29 @@ def test_a_request_without_messages_is_answered(served):
         ({"tool_choice": "required"}, "tool_choice='required' is not enforced"),
         ({"presence_penalty": 1}, "presence_penalty is not read here"),
         ({"top_logprobs": 3}, "logprobs are not given"),
+        ({"seed": 10**30}, "is not a whole number of 64 bits"),
+        ({"thinking_budget": 10**30}, "is not a number of tokens from 0 and below 2**63"),
+        ({"logit_bias": {"5": 10**400}}, "is no table of token ids"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "holds tokenize, which this server sets; leave it out"),
+        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": 5}]}, "messages[0] has the tool_calls 5; give"),
+        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}]}, "and arguments"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "holds half a character"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_is_no_request_is_one_sentence_before_anything_is_streamed(served, body, complaint, stream):
-    reply = httpx.post(f"{served[0].base_url}chat/completions", json=GREEDY | {"stream": stream} | body)
+    # Not httpx's own JSON, which cannot hold half a character.
+    content = json.dumps(GREEDY | {"stream": stream} | body)
+    headers = {"Content-Type": "application/json"}
+    reply = httpx.post(f"{served[0].base_url}chat/completions", content=content, headers=headers)
     assert reply.status_code == 400 and complaint in reply.json()["error"]["message"]
 
 
 def test_a_body_that_is_no_object_and_a_wrong_path_are_told_in_openais_form(served):
     for content in (b"{x", b"[1]", b"", b"\xff"):
         reply = httpx.post(f"{served[0].base_url}chat/completions", content=content)
-        assert reply.status_code == 400 and "body is no JSON object" in reply.json()["error"]["message"]
+        assert reply.status_code == 400 and "body is no JSON object" in (said := reply.json()["error"]["message"])
+        assert said.endswith("; send one, as application/json.")
     assert httpx.get(f"{served[0].base_url}nothing").json()["error"]["message"] == "Not Found"
 
 

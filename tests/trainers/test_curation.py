@@ -300,7 +300,7 @@ def test_a_job_that_slurm_refuses_is_one_sentence(planted, tmp_path, monkeypatch
     (tmp_path / "sbatch").write_text("#!/bin/bash\nexit 3\n")
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(ValueError, match="sbatch took no job, with status 3"):
+    with pytest.raises(ValueError, match="sbatch refused a job, with status 3"):
         curate(recipe_of(planted[0], tmp_path / "out", slurm={"partition": "none", "time": "1:00:00"}))
 
 

@@ -52,6 +52,7 @@ def test_scaled_down_a_batch_still_has_a_row_for_each_of_two_ranks(scale):
     assert [s.tokens for s in small.stages] == [s.tokens for s in load_curriculum(K1, scale).stages]
     assert all(step.rows % 3 == 0 for step in plan_steps(load_curriculum(K1, 3e-7, rows=3), 3)), "batches below their level"
     assert (small == load_curriculum(K1, scale)) == (scale == 1e-6), "contexts shrink no further than they must"
+    assert load_curriculum(K1, rows=2000) == load_curriculum(K1), "a whole run is laid out as its table says, or not at all"
     with pytest.raises(ValueError, match="contexts would shrink to 0 for 64 ranks times accumulation steps; use a larger"):
         load_curriculum(K1, 1e-9, rows=64)
 

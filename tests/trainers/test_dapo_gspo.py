@@ -180,6 +180,8 @@ def test_the_defaults_alone_are_a_valid_config(tmp_path):
     config = DapoGspoConfig(str(tmp_path), use_cpu=True, bf16=False)
     assert config.generation_batch_size == 64 and config.num_generations == 16 and config.warmup_steps == 20
     assert config.lr_scheduler_type == "constant_with_warmup" and config.learning_rate == 1e-6
+    # A share of the run may fall anywhere where each update has a generated batch of its own.
+    assert settings(tmp_path, save_strategy="steps", save_steps=0.5, steps_per_generation=1).save_steps == 0.5
 
 
 @pytest.mark.parametrize(
