@@ -160,7 +160,7 @@ def merge(
     shard_gb: float,
 ) -> None:
     from conversion import merge_checkpoints
-    from conversion.merging import alpha_text, check_alpha, is_merge_of
+    from conversion.merging import alpha_text, check_alpha, is_merge_of, rest_text
 
     shard_bytes = _bytes(shard_gb)
     targets = {out_dir / f"alpha-{alpha_text(each)}": each for each in alphas} if alphas else {out_dir: alpha}
@@ -174,14 +174,14 @@ def merge(
     for target, weight in targets.items():
         check_alpha(weight)
         if target in finished and not is_merge_of(target, thinking_dir, nonthinking_dir, weight):
-            said = f"{alpha_text(weight)} x {thinking_dir.name} + {1 - weight:g} x {nonthinking_dir.name}"
+            said = f"{alpha_text(weight)} x {thinking_dir.name} + {rest_text(weight)} x {nonthinking_dir.name}"
             raise ValueError(f"{target} is there already, but is not {said}; choose another OUT or remove it.")
     for target, weight in targets.items():
         if target in finished:
             print(f"{target} is there already")
             continue
         merge_checkpoints(thinking_dir, nonthinking_dir, target, alpha=weight, shard_bytes=shard_bytes)
-        print(f"wrote {target}: {alpha_text(weight)} x {thinking_dir} + {1 - weight:g} x {nonthinking_dir}")
+        print(f"wrote {target}: {alpha_text(weight)} x {thinking_dir} + {rest_text(weight)} x {nonthinking_dir}")
 
 
 def adapter_merge(model_dir: Path, adapter_dir: Path, out_dir: Path, shard_gb: float) -> None:

@@ -107,6 +107,11 @@ def alpha_text(alpha: float) -> str:
     return f"{alpha:g}" if float(f"{alpha:g}") == alpha else repr(float(alpha))
 
 
+def rest_text(alpha: float) -> str:
+    """The other model's weight, without the noise of subtracting."""
+    return alpha_text(round(1 - alpha, 15))
+
+
 def merge_blocks(thinking: StoredTensor, nonthinking: StoredTensor, alpha: float) -> Iterator[Tensor]:
     """The merged tensor in flat blocks of its stored dtype. ValueError if one holds a NaN."""
     for start in range(0, thinking.elements, BLOCK_ELEMENTS):
@@ -258,7 +263,7 @@ def is_merge_of(folder: Path, thinking_dir: Path, nonthinking_dir: Path, alpha: 
 
 
 def _sum_of(thinking: str, nonthinking: str, alpha: float) -> str:
-    return f"**{alpha_text(alpha)}** x `{thinking}` (thinking) + **{1 - alpha:g}** x `{nonthinking}` (non-thinking)"
+    return f"**{alpha_text(alpha)}** x `{thinking}` (thinking) + **{rest_text(alpha)}** x `{nonthinking}` (non-thinking)"
 
 
 def model_card(thinking: str, nonthinking: str, alpha: float, shards: list[Shard], done: dict[str, dict]) -> str:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 from transformers.distributed import DistributedConfig
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM, set_thinking_tokens
-from modeling_axk1.configuration_axk1 import PRESETS
+from modeling_axk1.configuration_axk1 import PRESETS, in_units
 from modeling_axk1.quantization_axk1 import ranks_dealt_to
 from trainers.sharding import four_bit_bytes, held_parameters
 
@@ -28,9 +28,9 @@ def plan(model: str, layout: DistributedConfig, bytes_each: int, four_bit: bool 
     ranks = range(layout.pp_size * layout.dp_size * layout.tp_size)
     if four_bit:
         dealt = ranks_dealt_to(layout) if len(ranks) > 1 else 1
-        return f"each of {dealt} ranks: {four_bit_bytes(config, dealt) / 1e9:.2f} GB"
+        return f"each of {dealt} ranks: {in_units(four_bit_bytes(config, dealt))}"
     held = {rank: held_parameters(config, layout, rank) for rank in ranks}
-    return "\n".join(f"rank {rank}: {n:,} parameters, {n * bytes_each / 1e9:.2f} GB" for rank, n in held.items())
+    return "\n".join(f"rank {rank}: {n:,} parameters, {in_units(n * bytes_each)}" for rank, n in held.items())
 
 
 def held_bytes(model: AxK1ForCausalLM) -> int:

@@ -63,13 +63,15 @@ class Interruption(StoppingCriteria):
 
 
 def _in_mode(model, inputs: dict, config: GenerationConfig) -> dict:
-    """The inputs of `generate`, with the mode that the chat template wrote at the end of the prompt.
+    """The inputs of `generate`, with the mode that the chat template wrote at the end of the prompt; `config` is cut to fit.
 
     ValueError for a prompt that leaves the model no position to answer at.
     """
     tokens, positions = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if tokens >= positions:
         raise ValueError(f"The prompt has {tokens:,} tokens and the model {positions:,} positions; shorten it.")
+    # A model that never ends its turn would write on without positions.
+    config.max_new_tokens = min(config.max_new_tokens, positions - tokens)
     thinking = inputs["input_ids"][0, -1].item() == model.generation_config.think_token_id
     return {**inputs, "enable_thinking": thinking, "thinking_budget": config.thinking_budget}
 

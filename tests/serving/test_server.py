@@ -196,6 +196,12 @@ def test_what_is_no_request_is_one_sentence_before_anything_is_streamed(served, 
     assert reply.status_code == 400 and complaint in reply.json()["error"]["message"]
 
 
+def test_an_answer_ends_at_the_models_last_position(served):
+    messages = [{"role": "user", "content": "2 + 3 " * 160}]
+    reply = served[0].chat.completions.create(**(GREEDY | {"messages": messages, "max_tokens": 10**18}))
+    assert reply.usage.total_tokens == 1024 and reply.choices[0].finish_reason == "length"
+
+
 def test_a_body_that_is_no_object_and_a_wrong_path_are_told_in_openais_form(served):
     for content in (b"{x", b"[1]", b"", b"\xff"):
         reply = httpx.post(f"{served[0].base_url}chat/completions", content=content)
