@@ -979,7 +979,7 @@ class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin, DraftingGene
         self.post_init()
 
     def _get_name(self) -> str:
-        """The name on disk: by it, and from a list of its own, Trainer's label smoothing knows that targets are the next tokens."""
+        """The name on disk: from a list of such names Trainer's label smoothing knows that targets are the next tokens."""
         return "AXK1ForCausalLM"
 
     def init_continuous_batching(self, *args, **kwargs):
