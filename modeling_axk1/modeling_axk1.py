@@ -978,6 +978,10 @@ class AxK1ForCausalLM(AxK1PreTrainedModel, ThinkingGenerationMixin, DraftingGene
         self.register_load_state_dict_pre_hook(tie_lm_head)
         self.post_init()
 
+    def _get_name(self) -> str:
+        """The name on disk: from a list of such names Trainer's label smoothing knows that targets are the next tokens."""
+        return "AXK1ForCausalLM"
+
     def init_continuous_batching(self, *args, **kwargs):
         """As transformers', which `generate_batch` and its server call, with pages that hold latents."""
         manager = super().init_continuous_batching(*args, **kwargs)

@@ -149,6 +149,7 @@ def refuse(model, generation_config, kwargs: dict) -> None:
         "prompt_lookup_num_tokens": (None,),
         "assistant_early_exit": (None,),
         "penalty_alpha": (0, None),
+        "dola_layers": (None,),
         "prefill_chunk_size": (None,),
         "cache_implementation": (None, "dynamic"),
         "use_cache": (True, None),

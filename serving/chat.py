@@ -56,8 +56,13 @@ class Chat:
         while True:
             try:
                 line = self.console.input(f"\n[bold]{'think' if self.think else 'direct'}>[/bold] ").strip()
+                line.encode()
             except (EOFError, KeyboardInterrupt):
                 return
+            except UnicodeError:
+                # Some terminals take a byte for a letter: Backspace leaves half of one.
+                self._note("that line was not UTF-8 and is left out; type it again")
+                continue
             if line == "/quit":
                 return
             if line.startswith("/"):

@@ -28,7 +28,7 @@ from trl.rewards import get_soft_overlong_punishment
 from modeling_axk1.generation_axk1 import set_thinking_tokens
 from trainers.adapters import group_experts
 from trainers.dynamic_sampling import Group, Rollout, fill_slots, group_rollouts, groups_to_ask, mode_metrics
-from trainers.launching import load_policy
+from trainers.launching import load_policy, settle_losses
 from trainers.mode_curves import Measure, write_card
 from trainers.mode_prompts import MODE_NAMES, MODES, PairedSampler, draw_instructions, pair_modes
 from trainers.rewards import ON_ERROR, Judge, Tokens, checked, correct_reward, format_reward
@@ -230,6 +230,7 @@ class DapoGspoTrainer(GRPOTrainer):
         if Version(trl.__version__) < Version("1.16"):
             raise ImportError(f"DapoGspoTrainer needs TRL 1.16, found {trl.__version__}; use Python 3.11 or later.")
         model, processing_class = load_policy(model, args, processing_class, quantization_config)
+        settle_losses(model, args)
         set_thinking_tokens(model.generation_config, processing_class)
         settings = model.generation_config
         self.tokens = Tokens(settings.think_token_id, settings.end_think_token_id, frozenset(settings.eos_token_id))

@@ -54,6 +54,30 @@ def load_policy(model, args: TrainingArguments, tokenizer, quantization_config) 
     return AutoModelForCausalLM.from_pretrained(model, **settings), tokenizer
 
 
+def settle_losses(model, args: TrainingArguments) -> None:
+    """Say which of an A.X K1 model's losses TRL does not take; ValueError where one of them was asked for.
+
+    TRL 1.16 takes its loss from the last hidden states, and its balance loss, Mixtral's, is for softmax routers.
+    """
+    if model.config.model_type != "axk1":
+        return
+    # TRL 1.14 has no such setting, and leaves the loss to the model.
+    asked = vars(args).get("router_aux_loss_coef", 0.0)
+    if asked:
+        raise ValueError(
+            f"router_aux_loss_coef={asked:g} is TRL's balance loss, for softmax routers, and A.X K1's are sigmoid; leave it out."
+        )
+    if asked is None and model.config.router_aux_loss_coef:
+        coefficient = model.config.router_aux_loss_coef
+        args.router_aux_loss_coef = model.config.router_aux_loss_coef = 0.0
+        logger.warning(
+            "The balance loss (router_aux_loss_coef=%g) is off: TRL knows softmax routers' only; what is saved says 0.",
+            coefficient,
+        )
+    if asked is None and model.config.num_nextn_predict_layers:
+        logger.warning("The multi-token-prediction layers stay as they are: TRL's loss does not reach them.")
+
+
 def require_model(model: ModelConfig) -> None:
     """ValueError without a model. Names LoRA's only target as a list again.
 

@@ -18,7 +18,7 @@ from trl.models.utils import unwrap_model_for_generation
 from modeling_axk1.generation_axk1 import set_thinking_tokens
 from trainers.adapters import group_experts
 from trainers.evaluation import evaluate_mode
-from trainers.launching import load_policy
+from trainers.launching import load_policy, settle_losses
 from trainers.mode_curves import Measure, write_card
 from trainers.mode_order import EpochSampler, draw_mix, order_units, pair_rows
 from trainers.mode_rows import (
@@ -165,6 +165,7 @@ class ThinkFusionTrainer(SFTTrainer):
     ):
         quantization = kwargs.pop("quantization_config", None)
         model, processing_class = load_policy(model, args, processing_class, quantization)
+        settle_losses(model, args)
         if probe_prompts and args.probe_steps % args.logging_steps:
             raise ValueError(
                 f"probe_steps={args.probe_steps} is no multiple of logging_steps={args.logging_steps}, and the probe is logged "

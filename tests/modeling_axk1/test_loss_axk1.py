@@ -9,7 +9,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_axk1 import loss_axk1
 from modeling_axk1.loss_axk1 import fused_causal_lm_loss, fused_linear_loss
-from tests.random_models import ours, padded_ids, random_config
+from tests.random_models import ours, padded_ids, random_config, stock_twin
 from tests.tolerances import FUSED_LOSS
 
 
@@ -173,3 +173,12 @@ def test_trainer_takes_the_same_steps(tmp_path):
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
         losses[-1].append(trainer.evaluate()["eval_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_label_smoothing_has_the_next_tokens_for_targets_as_for_stock(tmp_path):
+    rows = torch.randint(0, 67, (4, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    data = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to="none", disable_tqdm=True)
+    model = ours(random_config(1))
+    mine, stocks = (Trainer(each, arguments, eval_dataset=data).evaluate()["eval_loss"] for each in (model, stock_twin(model)))
+    assert mine == pytest.approx(stocks, rel=1e-5)

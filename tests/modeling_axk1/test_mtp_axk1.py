@@ -437,6 +437,7 @@ FILLED.update(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4), 0)
         ({"num_beams": 2}, "num_beams=2"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores=True"),
         ({"use_cache": False}, "use_cache=False"),
+        ({"dola_layers": "low"}, "dola_layers='low'"),
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"past_key_values": FILLED}, "DynamicCache of 3 tokens"),
         ({"assistant_model": "another"}, "does not go with assistant_model"),

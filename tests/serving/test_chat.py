@@ -122,6 +122,22 @@ def test_unknown_commands_change_nothing(talk):
     assert talk.budget_tokens == 4 and talk.think and talk.messages == []
 
 
+def test_a_line_with_half_a_letter_is_left_out_and_the_chat_goes_on(talk, monkeypatch):
+    half = UnicodeDecodeError("utf-8", b"\xec\x95", 0, 2, "unexpected end of data")
+    lines = iter([half, "\udcec\udc95", "/\udcec", "three", "/quit"])
+
+    def typed(prompt):
+        line = next(lines)
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr(talk.console, "input", typed)
+    talk.run()
+    assert talk.shown.getvalue().count("that line was not UTF-8") == 3
+    assert [message["content"] for message in talk.messages if message["role"] == "user"] == ["three"]
+
+
 def test_run_chat_reads_until_quit(checkpoint, monkeypatch):
     lines = iter(["hello", "/think", "", "again", "/quit", "never read"])
     shown = io.StringIO()

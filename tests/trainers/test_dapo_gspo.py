@@ -155,6 +155,14 @@ def test_the_hooks_have_the_signatures_that_we_override():
     )
 
 
+def test_a_model_of_a_balance_loss_trains_without_it_which_is_said(tokenizer, tmp_path, caplog):
+    model = axk1(tokenizer)
+    model.config.router_aux_loss_coef = 0.01
+    trainer = train(tokenizer, tmp_path, mixed, questions(8), model=model, max_steps=1)
+    assert trainer.state.global_step == 1
+    assert "The balance loss (router_aux_loss_coef=0.01) is off" in caplog.text and model.config.router_aux_loss_coef == 0
+
+
 def test_old_trl_is_refused_in_one_sentence(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(trl, "__version__", "1.14.2")
     with pytest.raises(ImportError, match="needs TRL 1.16, found 1.14.2; use Python 3.11"):

@@ -132,6 +132,25 @@ def test_evaluation_logs_both_modes(tokenizer, tmp_path):
     assert together == pytest.approx(logged["eval_loss"], rel=1e-4)
 
 
+def test_a_model_of_a_balance_loss_trains_without_it_which_is_said(tokenizer, tmp_path, caplog):
+    plain = trainer_of(axk1(), tokenizer, tmp_path)
+    plain.train()
+    model = axk1()
+    model.config.router_aux_loss_coef = 0.01
+    trainer = trainer_of(model, tokenizer, tmp_path)
+    trainer.train()
+    assert [log["loss"] for log in trainer.state.log_history[:2]] == [log["loss"] for log in plain.state.log_history[:2]]
+    assert "The balance loss (router_aux_loss_coef=0.01) is off" in caplog.text and model.config.router_aux_loss_coef == 0
+    with pytest.raises(ValueError, match="router_aux_loss_coef=0.5 is TRL's balance loss, for softmax routers"):
+        trainer_of(axk1(), tokenizer, tmp_path, router_aux_loss_coef=0.5)
+
+
+def test_prediction_layers_that_do_not_train_are_said(tokenizer, tmp_path, caplog):
+    model = AxK1ForCausalLM(AxK1Config.preset("nano", **SIZES, num_nextn_predict_layers=1))
+    trainer_of(model, tokenizer, tmp_path)
+    assert "The multi-token-prediction layers stay as they are" in caplog.text
+
+
 def test_a_path_builds_our_class_and_what_is_saved_knows_its_control_tokens(tokenizer, tmp_path):
     axk1().save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
