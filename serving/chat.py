@@ -60,6 +60,10 @@ class Chat:
                 return
             if line == "/quit":
                 return
+            # Bytes that are no UTF-8 arrive as surrogates, which no tokenizer takes.
+            if any("\ud800" <= character <= "\udfff" for character in line):
+                self._note("that line is no UTF-8, so it is dropped; set the terminal to UTF-8, or type it again")
+                continue
             if line.startswith("/"):
                 self.command(line)
             elif line:
@@ -68,7 +72,7 @@ class Chat:
     def command(self, line: str) -> None:
         """Obey a line that starts with a slash; an unknown one changes nothing and shows the help."""
         name, _, argument = line.partition(" ")
-        if name in ("/think", "/no-think"):
+        if name in ("/think", "/no-think") and not argument:
             self.think = name == "/think"
         elif name == "/reset":
             self.messages = list(self.opening)

@@ -116,14 +116,15 @@ def test_wrong_options_are_refused_before_the_model_is_read(wrong):
 
 
 def test_unknown_commands_change_nothing(talk):
-    for line in ("/budget", "/budget -3", "/budget many", "/what"):
+    for line in ("/budget", "/budget -3", "/budget many", "/what", "/no-think 2 + 3"):
         talk.command(line)
         assert f"{line} is not a command" in strip_colours(talk.shown.getvalue())
     assert talk.budget_tokens == 4 and talk.think and talk.messages == []
 
 
 def test_run_chat_reads_until_quit(checkpoint, monkeypatch):
-    lines = iter(["hello", "/think", "", "again", "/quit", "never read"])
+    # The second is what Python reads from a terminal that does not speak UTF-8.
+    lines = iter(["hello", "\udcb0\udca1", "/think", "", "again", "/quit", "never read"])
     shown = io.StringIO()
 
     class Scripted(Console):
@@ -137,7 +138,7 @@ def test_run_chat_reads_until_quit(checkpoint, monkeypatch):
     torch.manual_seed(0)
     run_chat(checkpoint, budget=3, max_new_tokens=8, device_map="cpu", system="Be brief.")
     assert next(lines) == "never read"
-    assert shown.getvalue().strip()
+    assert shown.getvalue().count("that line is no UTF-8") == 1
 
 
 def test_temperature_zero_is_greedy():
