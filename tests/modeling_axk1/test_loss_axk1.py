@@ -173,3 +173,22 @@ def test_trainer_takes_the_same_steps(tmp_path):
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
         losses[-1].append(trainer.evaluate()["eval_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_trainer_smooths_the_labels_of_next_tokens(tmp_path):
+    """It looks at the class's name to know whether a model's labels have to be shifted."""
+    model = ours(random_config(1))
+    settings = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to="none")
+    ids = torch.randint(0, 67, (2, 9))
+    loss = Trainer(model, settings).compute_loss(model, {"input_ids": ids, "labels": ids})
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_trainer_takes_logits_alone_for_predictions(tmp_path):
+    """A balance loss and the router logits that it asked for are none."""
+    settings = TrainingArguments(tmp_path, use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = Trainer(ours(random_config(1, router_aux_loss_coef=0.1)), settings)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 67, (2, 9))]
+    assert trainer.predict(rows).predictions.shape == (2, 9, 67)
