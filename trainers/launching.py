@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 import yaml
 from peft import PeftConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, TrlParser, get_peft_config
 
 # Importing the package is what makes AutoModelForCausalLM build our class for model type axk1.
-import modeling_axk1  # noqa: F401
+from modeling_axk1 import AxK1Config
 from trainers import report
 from trainers.adapters import target_names
 from trainers.mode_curves import first_and_last, write_report
@@ -43,6 +43,7 @@ def load_policy(model, args: TrainingArguments, tokenizer, quantization_config) 
     if not isinstance(model, (str, PathLike)):
         if quantization_config is not None:
             raise ValueError("quantization_config comes too late for a model that is built; give the model's path.")
+        leave_balance_loss_out(model.config, args)
         return model, tokenizer or AutoTokenizer.from_pretrained(model.config._name_or_path)
     settings = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
     # Used up here: TRL warns about them when it is handed a built model.
@@ -51,7 +52,27 @@ def load_policy(model, args: TrainingArguments, tokenizer, quantization_config) 
         settings["quantization_config"] = quantization_config
     named = {"revision": settings.get("revision"), "trust_remote_code": args.trust_remote_code}
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **named)
-    return AutoModelForCausalLM.from_pretrained(model, **settings), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(model, **settings)
+    leave_balance_loss_out(model.config, args)
+    return model, tokenizer
+
+
+def leave_balance_loss_out(config: PreTrainedConfig, args: TrainingArguments) -> None:
+    """Switch pre-training's balance loss off, with a warning, and refuse one in `args`.
+
+    TRL adds Mixtral's in its place, which is a softmax router's and wrong for A.X K1's sigmoids.
+    """
+    if not isinstance(config, AxK1Config):
+        return
+    # Not every TRL that is promised has the setting.
+    if weight := getattr(args, "router_aux_loss_coef", None):
+        raise ValueError(f"router_aux_loss_coef={weight} adds a softmax router's balance loss, A.X K1's is none; leave it out.")
+    if config.router_aux_loss_coef:
+        logger.warning(
+            f"router_aux_loss_coef={config.router_aux_loss_coef} of the model is set to 0: TRL's trainers know no balance loss "
+            "for its routers."
+        )
+        config.router_aux_loss_coef = 0.0
 
 
 def require_model(model: ModelConfig) -> None:

@@ -3,10 +3,11 @@
 import pytest
 
 from modeling_axk1 import AxK1ForCausalLM
-from tests.random_models import tiny_chat_config
+from tests.random_models import random_config, tiny_chat_config
 from trainers import rl, sft
 from trainers.dapo_gspo import DapoGspoConfig
 from trainers.launching import load_policy, name_lora
+from trainers.think_fusion import ThinkFusionConfig
 
 
 @pytest.mark.parametrize("command", [rl, sft], ids=["rl", "sft"])
@@ -72,3 +73,15 @@ def test_a_built_model_is_not_quantised_in_silence(tmp_path):
     args = DapoGspoConfig(str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match="comes too late"):
         load_policy(model, args, None, quantization_config=object())
+
+
+def test_the_balance_loss_of_pretraining_is_left_out_and_said(tmp_path, caplog):
+    """TRL would add Mixtral's in its place, or stop at a field that its model's configuration has."""
+    model = AxK1ForCausalLM(random_config(1, router_aux_loss_coef=0.1))
+    settings = {"output_dir": tmp_path, "use_cpu": True, "bf16": False}
+    load_policy(model, ThinkFusionConfig(**settings), object(), quantization_config=None)
+    assert model.config.router_aux_loss_coef == 0.0
+    assert "router_aux_loss_coef=0.1 of the model is set to 0" in caplog.text
+    wrong = ThinkFusionConfig(**settings, router_aux_loss_coef=0.2)
+    with pytest.raises(ValueError, match="router_aux_loss_coef=0.2 adds a softmax router's balance loss"):
+        load_policy(model, wrong, object(), quantization_config=None)
