@@ -118,7 +118,8 @@ class AxK1Config(PreTrainedConfig):
     """
 
     model_type = "axk1"
-    keys_to_ignore_at_inference = ["past_key_values", "mtp_loss"]
+    # Trainer takes everything else for predictions; a balance loss asks for router logits by itself.
+    keys_to_ignore_at_inference = ["past_key_values", "mtp_loss", "aux_loss", "router_logits"]
     attribute_map = {"num_local_experts": "n_routed_experts"}
     # Heads over ranks, which stock's plan for axk1 leaves whole: the two up-projections by rows, the output by columns. The
     # down-projections to the latents are small and stay on every rank; "mla_kv_a_proj" adds up the shared key's gradient.

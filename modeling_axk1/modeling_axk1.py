@@ -145,6 +145,15 @@ class AxK1RotaryEmbedding(nn.Module):
         exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
 
+    def _apply(self, fn, recurse=True):
+        """Moves with the model but stays fp32: in bf16, angles of K1 at position 1,000 are up to 0.4 radians off."""
+        frequencies = {name: self._buffers[name] for name in ("inv_freq", "original_inv_freq")}
+        super()._apply(fn, recurse)
+        for name, exact in frequencies.items():
+            if self._buffers[name].dtype != exact.dtype:
+                self._buffers[name] = exact.to(self._buffers[name].device)
+        return self
+
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ class Chat:
     def command(self, line: str) -> None:
         """Obey a line that starts with a slash; an unknown one changes nothing and shows the help."""
         name, _, argument = line.partition(" ")
-        if name in ("/think", "/no-think"):
+        if name in ("/think", "/no-think") and not argument:
             self.think = name == "/think"
         elif name == "/reset":
             self.messages = list(self.opening)

@@ -1,10 +1,10 @@
-"""How does multi-token prediction take part in any Trainer?  A callback: its weight over training, its loss in the log."""
+"""How does multi-token prediction take part in transformers' Trainer?  A callback: its weight in time, its loss in the log."""
 
 from collections.abc import Sequence
 
 from transformers import TrainerCallback
 
-from modeling_axk1.mtp_axk1 import MTP_SCHEDULE, mtp_weight
+from modeling_axk1.mtp_axk1 import MTP_SCHEDULE, AxK1CausalLMOutput, mtp_weight
 
 
 class MTPCallback(TrainerCallback):
@@ -25,6 +25,11 @@ class MTPCallback(TrainerCallback):
             )
 
         def add(module, args_, kwargs_, output):
+            if module.training and not isinstance(output, AxK1CausalLMOutput):
+                raise ValueError(
+                    "this trainer takes the head's loss by itself, as TRL's do, so no prediction layer is trained; leave "
+                    "MTPCallback out."
+                )
             if module.training and output.mtp_loss is not None:
                 # Where the batch's size is known the micro-batches' losses are shares of one sum, else means.
                 shares = 1 if kwargs_.get("num_items_in_batch") is not None else args.gradient_accumulation_steps

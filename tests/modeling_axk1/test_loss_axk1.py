@@ -182,3 +182,11 @@ def test_label_smoothing_has_the_next_tokens_for_targets_as_for_stock(tmp_path):
     model = ours(random_config(1))
     mine, stocks = (Trainer(each, arguments, eval_dataset=data).evaluate()["eval_loss"] for each in (model, stock_twin(model)))
     assert mine == pytest.approx(stocks, rel=1e-5)
+
+
+def test_trainer_takes_logits_alone_for_predictions(tmp_path):
+    """A balance loss and the router logits that it asked for are none."""
+    settings = TrainingArguments(tmp_path, use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = Trainer(ours(random_config(1, router_aux_loss_coef=0.1)), settings)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 67, (2, 9))]
+    assert trainer.predict(rows).predictions.shape == (2, 9, 67)

@@ -365,6 +365,15 @@ def test_router_bias_stays_fp32_when_the_model_does_not():
     assert gate.e_score_correction_bias.dtype == torch.float32 and torch.equal(gate.e_score_correction_bias, bias)
 
 
+def test_positions_stay_exact_when_the_model_is_cast():
+    """Frequencies rounded to bf16 would turn far tokens by visible angles too far."""
+    config = random_config(1)
+    angles = ours(config).model.rotary_emb(torch.zeros(1), torch.tensor([[1000]]))
+    rotary = ours(config).to(torch.bfloat16).float().model.rotary_emb
+    for cast, exact in zip(rotary(torch.zeros(1), torch.tensor([[1000]])), angles, strict=True):
+        assert torch.equal(cast, exact)
+
+
 def test_expert_load_counts_the_last_training_pass():
     model = ours(random_config(1, first_k_dense_replace=0)).train()
     input_ids, _ = padded_ids(model.config)

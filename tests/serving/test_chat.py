@@ -116,7 +116,7 @@ def test_wrong_options_are_refused_before_the_model_is_read(wrong):
 
 
 def test_unknown_commands_change_nothing(talk):
-    for line in ("/budget", "/budget -3", "/budget many", "/what"):
+    for line in ("/budget", "/budget -3", "/budget many", "/what", "/no-think 2 + 3"):
         talk.command(line)
         assert f"{line} is not a command" in strip_colours(talk.shown.getvalue())
     assert talk.budget_tokens == 4 and talk.think and talk.messages == []

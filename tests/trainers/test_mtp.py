@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutput
 
 from tests.random_models import ours, random_config
 from trainers.mtp import MTPCallback
@@ -45,3 +46,13 @@ def test_a_log_covers_the_updates_since_the_last(tmp_path):
 def test_a_model_without_the_layer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="leave the callback out"):
         train(tmp_path, layers=0)
+
+
+def test_a_trainer_that_takes_the_loss_itself_is_refused(tmp_path):
+    """TRL's do, by a forward pass of their own."""
+    model = ours(random_config(1, num_nextn_predict_layers=1)).train()
+    callback = MTPCallback()
+    callback.on_train_begin(TrainingArguments(tmp_path, use_cpu=True, report_to="none"), None, None, model=model)
+    model.forward = lambda input_ids: CausalLMOutput(loss=torch.zeros(()))
+    with pytest.raises(ValueError, match="leave MTPCallback out"):
+        model(torch.zeros(1, 3, dtype=torch.long))
