@@ -6,6 +6,8 @@ from modeling_axk1.generation_axk1 import ThinkingStreamer, split_thinking
 from serving.loading import load_for_chat, sampling
 
 HELP = "/think, /no-think: switch mode.  /budget N, /budget off: bound the thought.  /reset: forget.  /quit: leave."
+# An escape sequence of the model's would set the terminal's title, or worse; a carriage return would overwrite the line.
+CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"} | {ord("\r"): ""}
 STYLES = {"thought": "dim italic", "answer": ""}
 
 
@@ -128,7 +130,7 @@ class Chat:
             self.console.print()
         self.showing = part
         # What the model writes is shown as it is: [brackets] are no markup, numbers get no colour.
-        self.console.print(text, style=STYLES[part], end="", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text.translate(CONTROLS), style=STYLES[part], end="", markup=False, highlight=False, soft_wrap=True)
 
     def _note(self, text: str) -> None:
         self.console.print(text, style="cyan", markup=False, highlight=False)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from modeling_axk1 import AxK1ForCausalLM
 from modeling_axk1.generation_axk1 import split_thinking
 from serving import chat as chat_room
-from serving.chat import Chat, run_chat
+from serving.chat import CONTROLS, Chat, run_chat
 from serving.loading import load_for_chat, sampling
 
 
@@ -33,8 +33,8 @@ def test_thought_is_dimmed_and_kept_apart(talk):
     assert reply["reasoning_content"] and reply["content"]
     shown = talk.shown.getvalue()
     dimmed = "".join(re.findall(r"\x1b\[2;3m(.*?)\x1b\[0m", shown))
-    assert dimmed == reply["reasoning_content"]
-    assert strip_colours(shown) == reply["reasoning_content"] + "\n" + reply["content"] + "\n"
+    assert dimmed == reply["reasoning_content"].translate(CONTROLS)
+    assert strip_colours(shown) == f"{reply['reasoning_content']}\n{reply['content']}\n".translate(CONTROLS)
 
 
 def strip_colours(text: str) -> str:
@@ -59,6 +59,11 @@ def test_mode_switches_from_turn_to_turn(talk):
 def test_what_the_model_writes_is_no_markup(talk):
     talk._show("answer", "[bold]x[/bold] = 12\n")
     assert talk.shown.getvalue() == "[bold]x[/bold] = 12\n"
+
+
+def test_what_the_model_writes_commands_no_terminal(talk):
+    talk._show("answer", "a\r\n\x1b]0;owned\x07\x9b")
+    assert talk.shown.getvalue() == "a\n\ufffd]0;owned\ufffd\ufffd"
 
 
 def test_history_reaches_the_model_without_old_thoughts(talk):
