@@ -284,14 +284,14 @@ def test_sharded_fine_tuning_equals_one_process_and_saves_a_plain_checkpoint(fol
 def test_the_plan_of_one_rank_is_the_whole_model(capsys):
     said = generate_sharded.main(["k1", "--plan"])
     total = count_parameters(AxK1Config.preset("k1"))["total"]
-    assert said == f"rank 0: {total:,} parameters, {total * 2 / 1e9:.2f} GB" and said in capsys.readouterr().out
+    assert said == f"rank 0: {total:,} parameters, {total * 2 / 1e9:,.1f} GB" and said in capsys.readouterr().out
 
 
 def test_the_plan_in_4_bits():
     said = generate_sharded.main(["k1", "--plan", "--four-bit"])
-    assert said == f"each of 1 ranks: {quantized_bytes(AxK1Config.preset('k1'), 'nf4 double') / 1e9:.2f} GB"
+    assert said == f"each of 1 ranks: {quantized_bytes(AxK1Config.preset('k1'), 'nf4 double') / 1e9:,.1f} GB"
     eight = generate_sharded.main(["k1", "--plan", "--four-bit", "--tp", "8", "--ep", "8"])
-    assert eight == "each of 8 ranks: 38.23 GB"
+    assert eight == "each of 8 ranks: 38.2 GB"
     # What the loader refuses has no plan: one sentence, from the same place.
     with pytest.raises(ValueError, match=r"and got \{'tp_size': 2\}; use the number of ranks for tp_size and ep_size"):
         generate_sharded.main(["k1", "--plan", "--four-bit", "--tp", "2"])
