@@ -7,11 +7,12 @@ A.X K1 report's 2.548e24 counts; *model FLOPs* are what the model itself needs (
 The sources leave choices open, and ours were made with A.X K1's figures in sight: that a plan of its budget comes near them is
 consistency, not prediction. What other choices would plan there (measured): 35 tokens a parameter, as the field takes, 385 B; the
 sparsity of models with MLA alone, 595 B; the width/depth of all of them, 79 layers of 6272 and a vocabulary of 196,608; Tao et
-al.'s approach 2 or 3 alone, 131,072 or 229,376; no time lost, 553 B.
+al.'s approach 2 or 3 alone, 131,072 or 229,376; no time lost, 553 B; granularity by training FLOPs instead of parameters, 6.
 """
 
 import json
 import math
+import statistics
 from dataclasses import dataclass
 
 from modeling_axk1 import AxK1Config, count_flops, count_parameters
@@ -58,7 +59,7 @@ REPORTED_LADDER = (95.29, 261.27, 288.97, 301.72)
 
 @dataclass(frozen=True)
 class Published:
-    """A fine-grained MoE (6 or more routed experts a token) of over 200 B parameters; A.X K1 itself is left out."""
+    """A fine-grained MoE (6 or more routed experts a token); A.X K1 itself is left out."""
 
     name: str
     total_parameters: float
@@ -66,6 +67,7 @@ class Published:
     tokens: float
     layers: int
     hidden_size: int
+    expert_width: int
     mla: bool
     source: str
 
@@ -73,15 +75,28 @@ class Published:
     def sparsity(self) -> float:
         return self.total_parameters / self.active_parameters
 
+    @property
+    def granularity(self) -> float:
+        return 2 * self.hidden_size / self.expert_width
 
+
+# Of over 200 B parameters.
 PUBLISHED = (
-    Published("DeepSeek-V2", 236e9, 21e9, 8.1e12, 60, 5120, True, "arXiv 2405.04434"),
-    Published("DeepSeek-V3", 671e9, 37e9, 14.8e12, 61, 7168, True, "arXiv 2412.19437"),
-    Published("Qwen3-235B", 235e9, 22e9, 36e12, 94, 4096, False, "arXiv 2505.09388"),
-    Published("Pangu Ultra MoE", 718e9, 39e9, 19e12, 61, 7680, True, "arXiv 2505.04519, its model card"),
-    Published("Kimi K2", 1.04e12, 32.6e9, 15.5e12, 61, 7168, True, "arXiv 2507.20534"),
-    Published("GLM-4.5", 355e9, 32e9, 23e12, 92, 5120, False, "arXiv 2508.06471"),
-    Published("Ling-1T", 1e12, 50e9, 20e12, 80, 8192, False, "arXiv 2510.22115"),
+    Published("DeepSeek-V2", 236e9, 21e9, 8.1e12, 60, 5120, 1536, True, "arXiv 2405.04434"),
+    Published("DeepSeek-V3", 671e9, 37e9, 14.8e12, 61, 7168, 2048, True, "arXiv 2412.19437"),
+    Published("Qwen3-235B", 235e9, 22e9, 36e12, 94, 4096, 1536, False, "arXiv 2505.09388"),
+    Published("Pangu Ultra MoE", 718e9, 39e9, 19e12, 61, 7680, 2048, True, "arXiv 2505.04519, its model card"),
+    Published("Kimi K2", 1.04e12, 32.6e9, 15.5e12, 61, 7168, 2048, True, "arXiv 2507.20534"),
+    Published("GLM-4.5", 355e9, 32e9, 23e12, 92, 5120, 1536, False, "arXiv 2508.06471"),
+    Published("Ling-1T", 1e12, 50e9, 20e12, 80, 8192, 2048, False, "arXiv 2510.22115"),
+)
+# Beside them where a figure is read over sizes.
+PUBLISHED_SMALLER = (
+    Published("OLMoE", 6.9e9, 1.3e9, 5.1e12, 16, 2048, 1024, False, "arXiv 2409.02060"),
+    Published("DeepSeek-V2-Lite", 15.7e9, 2.4e9, 5.7e12, 27, 2048, 1408, True, "arXiv 2405.04434"),
+    Published("Moonlight", 16e9, 3e9, 5.7e12, 27, 2048, 1408, True, "arXiv 2502.16982"),
+    Published("Qwen3-30B", 30.5e9, 3.3e9, 36e12, 48, 2048, 768, False, "arXiv 2505.09388"),
+    Published("GLM-4.5-Air", 106e9, 12e9, 23e12, 46, 4096, 1408, False, "arXiv 2508.06471"),
 )
 
 
@@ -100,39 +115,34 @@ def published_aspect() -> float:
     return geometric_mean(model.hidden_size / model.layers for model in PUBLISHED if model.mla)
 
 
-def granularity() -> int:
-    """One whole step coarser than the near-best range: 7.
+def published_granularity(total_parameters: float) -> float:
+    """2 * d_model / d_expert of published MoEs of that size: the line of least squares through their logarithms.
 
-    It does not shrink with the budget: of Tian et al.'s EL = A^(a + d log C + gamma (log G)^2 + beta log G) the best G has
-    log G = -beta / (2 gamma), without C. Krajewski et al.'s does (`granularity_by_loss`, shown beside it), and is far finer.
-
-    The report gives stability under imperfect balance as its reason for 7. At equal active width the experts a token visits
-    grow with G, so do the copies that are dispatched and the experts whose fullest one everybody waits for. No formula of the
-    papers yields the number, and what the step costs their unpublished coefficients would say: it is our rule.
+    Below the smallest and above the largest of them as at these: nothing is read where nobody has trained.
     """
-    return BEST_GRANULARITY[0] - 1
+    models = PUBLISHED + PUBLISHED_SMALLER
+    sizes = [math.log(model.total_parameters) for model in models]
+    slope, height = statistics.linear_regression(sizes, [math.log(model.granularity) for model in models])
+    return math.exp(height + slope * min(max(math.log(total_parameters), min(sizes)), max(sizes)))
 
 
-def granularity_by_loss(flops: float) -> float:
-    """2 * d_model / d_expert of least loss at `flops` (model FLOPs), unrounded.  [Krajewski et al., arXiv 2402.07871, 5.4 and 6]
+def affordable_parameters(model_flops: float, tokens_per_parameter: float) -> float:
+    """Total parameters where 6 x active x tokens spends the compute, at the field's total/active: before there is a shape."""
+    return math.sqrt(model_flops * published_sparsity() / (6 * tokens_per_parameter))
 
-    L = c + (g/G^gamma + a)/N^alpha + b/D^beta over G, N and D: N all parameters of n blocks of width 64 n, with 64 times the
-    experts that a token visits; FLOPs 6 a visited parameter and 14 a router's. Their G is 4 * d_model / d_expert.
+
+def granularity(model_flops: float, tokens_per_parameter: float) -> int:
+    """The field's at the size that the budget buys, in whole numbers.
+
+    Tian et al.'s law has its best at 8 to 12 at any compute: EL = A^(a + d log C + gamma (log G)^2 + beta log G) is greatest
+    at log G = -beta / (2 gamma), without C. The field stays coarser, the more so the smaller the model, and the report gives
+    stability under imperfect balance as its reason: at equal active width the experts a token visits grow with G, so do the
+    copies that are dispatched and the experts whose fullest one everybody waits for. What that costs no paper's formula
+    says; how far models that were trained stayed below the best, their shapes do.
+
     """
-    a, alpha, b, beta, g, gamma = 18.1, 0.115, 30.8, 0.147, 2.1, 0.58
-    expansion = 64
-
-    def loss(log_fine: float, log_blocks: float) -> float:
-        fine, blocks = math.exp(log_fine), math.exp(log_blocks)
-        width = 64 * blocks
-        parameters = (8 * expansion + 4) * width**2 * blocks
-        tokens = flops / ((12 * width**2 * 6 + width * expansion * fine * 14) * blocks)
-        return (g / fine**gamma + a) / parameters**alpha + b / tokens**beta
-
-    def best_blocks(log_fine: float) -> float:
-        return least(lambda log_blocks: loss(log_fine, log_blocks), 0.0, math.log(1e4))
-
-    return math.exp(least(lambda log_fine: loss(log_fine, best_blocks(log_fine)), 0.0, math.log(1e4))) / 2
+    total = affordable_parameters(model_flops, tokens_per_parameter)
+    return round(published_granularity(total))
 
 
 def least(function, low: float, high: float) -> float:
@@ -195,13 +205,13 @@ def round_vocabulary(rows: float) -> int:
     return max(512, int(rows // unit) * unit)
 
 
-def shape_of(step: int, layers: int, experts: int, vocab_size: int) -> AxK1Config:
-    """A config of width 448 * step: a multiple of 64 whose experts (2/7 of it) are 128-wide tiles.
+def shape_of(step: int, layers: int, experts: int, vocab_size: int, fine: int) -> AxK1Config:
+    """A config of width 64 * fine * step: a multiple of 64 whose experts (2 / fine of it) are 128-wide tiles.
 
     As in DeepSeek-V3: query latents 3/14 of the width, key/value latents 512, heads of 128 + 64 (as many as fill the width,
     to a power of two), and a dense layer as wide as one token's experts together.
     """
-    hidden, expert = 64 * granularity() * step, 128 * step
+    hidden, expert = 64 * fine * step, 128 * step
     heads = 2 ** round(math.log2(hidden / 128))
     return AxK1Config(
         architectures=["AxK1ForCausalLM"],
@@ -255,21 +265,21 @@ def mean_flops_per_token(config: AxK1Config) -> float:
     return total
 
 
-def with_vocabulary(step: int, layers: int, experts: int, tokens_per_parameter: float) -> AxK1Config:
+def with_vocabulary(step: int, layers: int, experts: int, fine: int, tokens_per_parameter: float) -> AxK1Config:
     """The shape with the vocabulary of its size and tokens; these depend on the vocabulary a little, hence twice."""
-    config = shape_of(step, layers, experts, 512)
+    config = shape_of(step, layers, experts, 512, fine)
     for _ in range(2):
         tokens = tokens_per_parameter * count_parameters(config)["total"]
         rows = estimate_vocabulary(nonvocab_active(config), tokens, config.hidden_size)
-        config = shape_of(step, layers, experts, round_vocabulary(rows))
+        config = shape_of(step, layers, experts, round_vocabulary(rows), fine)
     return config
 
 
-def choose_experts(step: int, layers: int, tokens_per_parameter: float) -> int:
+def choose_experts(step: int, layers: int, fine: int, tokens_per_parameter: float) -> int:
     """The multiple of 64 that comes nearest to the field's total/active parameters."""
 
     def miss(experts: int) -> float:
-        counts = count_parameters(with_vocabulary(step, layers, experts, tokens_per_parameter))
+        counts = count_parameters(with_vocabulary(step, layers, experts, fine, tokens_per_parameter))
         return abs(math.log(counts["total"] / counts["active"] / published_sparsity()))
 
     return min(range(EXPERT_STEP, 8 * EXPERT_STEP + 1, EXPERT_STEP), key=miss)
@@ -281,16 +291,18 @@ def choose_shape(model_flops: float, tokens_per_parameter: float) -> AxK1Config:
     Cost = FLOPs a token x total parameters x tokens a parameter. ValueError below the narrowest and above the widest shape.
     """
 
+    fine = granularity(model_flops, tokens_per_parameter)
+
     def build(step: int, layers: int) -> AxK1Config:
-        experts = choose_experts(step, layers, tokens_per_parameter)
-        return with_vocabulary(step, layers, experts, tokens_per_parameter)
+        experts = choose_experts(step, layers, fine, tokens_per_parameter)
+        return with_vocabulary(step, layers, experts, fine, tokens_per_parameter)
 
     def miss(config: AxK1Config) -> float:
         cost = flops_per_token(config, 4096) * count_parameters(config)["total"] * tokens_per_parameter
         return math.log(cost / model_flops)
 
     def natural(step: int) -> AxK1Config:
-        return build(step, max(2, round(64 * granularity() * step / published_aspect())))
+        return build(step, max(2, round(64 * fine * step / published_aspect())))
 
     low, high = 1, 64
     # Half the natural depth is the least that is tried below; parameters and FLOPs a token fall with it, to about an eighth.
@@ -302,9 +314,9 @@ def choose_shape(model_flops: float, tokens_per_parameter: float) -> AxK1Config:
         middle = (low + high) // 2
         low, high = (low, middle) if miss(natural(middle)) > 0 else (middle, high)
     config = min(natural(low), natural(high), key=lambda each: abs(miss(each)))
-    step, depth, experts = config.hidden_size // (64 * granularity()), config.num_hidden_layers, config.n_routed_experts
+    step, depth, experts = config.hidden_size // (64 * fine), config.num_hidden_layers, config.n_routed_experts
     depths = range(max(2, depth // 2), 2 * depth + 1)
-    candidates = (with_vocabulary(step, layers, experts, tokens_per_parameter) for layers in depths)
+    candidates = (with_vocabulary(step, layers, experts, fine, tokens_per_parameter) for layers in depths)
     return min(candidates, key=lambda each: abs(miss(each)))
 
 
@@ -342,7 +354,6 @@ class Plan:
             "vocab_size_approach_2": vocabulary_by_parameters(nonvocab_active(config), config.hidden_size),
             "vocab_size_approach_3": vocabulary_by_loss(nonvocab_active(config), self.tokens, config.hidden_size),
             "granularity": 2 * config.hidden_size / config.moe_intermediate_size,
-            "granularity_by_loss": granularity_by_loss(self.tokens * self.flops_per_token),
             "routed_experts": config.n_routed_experts,
             "experts_per_token": config.num_experts_per_tok,
             "shared_experts": config.n_shared_experts,
@@ -396,10 +407,7 @@ class Plan:
             f"{EXPERT_STEP} nearest to the {published_sparsity():.1f} total/active of {len(PUBLISHED)} published fine-grained "
             f"MoEs (here {counts['total'] / counts['active']:.1f}); Tian et al. [2507.17702] find sparser always better, and "
             "their coefficients were not to be had",
-            self._why_granularity(),
-            f"granularity, by loss alone: {granularity_by_loss(trained):.1f} here, {granularity_by_loss(trained / 10):.1f} at "
-            "a tenth of the budget [Krajewski et al., 2402.07871, its 4 x width / expert halved]; shown, not used: it counts the "
-            "router's FLOPs but neither dispatch nor imbalance, for 64 times the experts that a token visits",
+            self._why_granularity(trained),
             f"shape: {config.num_hidden_layers} layers of {hidden}, width/depth {hidden / config.num_hidden_layers:.0f}: the "
             f"width whose depth at {published_aspect():.0f} (published MoEs with MLA) costs nearest to the budget, then the "
             "depth that spends it",
@@ -425,16 +433,20 @@ class Plan:
             f"geometric mean {usual:.0f}: that would plan {math.sqrt(per_total / usual):.2f} x these parameters"
         )
 
-    def _why_granularity(self) -> str:
-        (coarse, fine), chosen, config = BEST_GRANULARITY, granularity(), self.config
-        coarse_visits, fine_visits = (EXPERTS_PER_TOKEN * each / chosen for each in (coarse, fine))
+    def _why_granularity(self, model_flops: float) -> str:
+        config, models, given = self.config, PUBLISHED + PUBLISHED_SMALLER, (model_flops, self.tokens_per_parameter)
+        total, chosen = affordable_parameters(*given), granularity(*given)
+        found = [model.granularity for model in models]
+        coarse, fine = BEST_GRANULARITY
         return (
-            f"granularity: 2 x {config.hidden_size} / {config.moe_intermediate_size} = {chosen}, one step coarser than the "
-            f"{coarse}-{fine} that is near-best at any compute [2507.17702] (its law is best at log G = -beta / (2 gamma), where "
-            f"no compute stands, so a smaller budget does not shrink it: {chosen} exactly, nothing is rounded), for stability "
-            f"under imperfect balance: at equal active width G = {coarse} or {fine} would visit {coarse_visits:.1f} or "
-            f"{fine_visits:.1f} routed experts a token, not {EXPERTS_PER_TOKEN}, dispatch as many more copies, and wait for the "
-            "fullest of as many more experts. The step is our rule; no formula gives 7"
+            f"granularity: 2 x {config.hidden_size} / {config.moe_intermediate_size} = {chosen}, in whole numbers the "
+            f"{published_granularity(total):.2f} of {len(models)} published MoEs (from {min(found):.1f} to {max(found):.1f}, "
+            f"finer with their size) at the {scaled(total, COUNTS)} parameters that 6 x active x tokens of this compute buys. "
+            f"Tian et al.'s law is best at {coarse} to {fine} whatever the compute [2507.17702]; the field stays coarser, for "
+            f"stability under imperfect balance: at equal active width G = {coarse} or {fine} would visit "
+            f"{EXPERTS_PER_TOKEN * coarse / chosen:.1f} or {EXPERTS_PER_TOKEN * fine / chosen:.1f} routed experts a token, not "
+            f"{EXPERTS_PER_TOKEN}, dispatch as many more copies, and wait for the fullest of as many more experts. What that "
+            "costs no formula of the papers says"
         )
 
     def misses(self) -> list[tuple[str, float, float]]:
