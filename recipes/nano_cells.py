@@ -6,14 +6,18 @@ behind its last finished cell, and experiments that share an --out share base, r
 
 import argparse
 import json
+import multiprocessing
 import shutil
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import datasets
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.nano_problems import Problem, score
@@ -168,6 +172,10 @@ def options_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, each with so many threads (default: 1)")
+
+
 def run_seeds(options, settings: Settings, run: Callable[[Seed], dict[str, dict]]) -> dict[str, list[dict]]:
     """run(seed) -> {cell name: what was measured}, for every seed; returns each cell's measurements over the seeds."""
     cells: dict[str, list[dict]] = {}
@@ -176,6 +184,31 @@ def run_seeds(options, settings: Settings, run: Callable[[Seed], dict[str, dict]
         for name, measured in run(seed).items():
             cells.setdefault(name, []).append(measured)
     return cells
+
+
+def begin_job(threads: int, log: Path) -> None:
+    torch.set_num_threads(threads)
+    sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
+
+
+def at_once(calls: Sequence[Callable[[], dict]], jobs: int, threads: int, log: Path) -> list[dict]:
+    """What the calls return, in their order: `jobs` of them at a time, each in a process of so many threads.
+
+    More than one say what they do in the file `log`; here a bar counts those that are done. Fails with the first that fails.
+    """
+    torch.set_num_threads(threads)
+    if jobs == 1:
+        return [call() for call in calls]
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(jobs, context, initializer=begin_job, initargs=(threads, log)) as pool:
+        futures = [pool.submit(call) for call in calls]
+        try:
+            for done in tqdm(as_completed(futures), total=len(futures), unit="cell", desc=f"{jobs} at a time, see {log}"):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
 
 
 def publish(options, name: str, title: str, pieces: list[str], tables: dict[str, list[dict]]) -> None:

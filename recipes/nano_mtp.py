@@ -18,6 +18,7 @@ import random
 import sysconfig
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
-from recipes.nano_cells import mean_and_interval, options_parser, publish
+from recipes.nano_cells import add_jobs, at_once, mean_and_interval, options_parser, publish
 from recipes.nano_think_fusion import keep_settings, run_stage
 from trainers import report
 from trainers.mtp import MTPCallback
@@ -168,28 +169,28 @@ def time_generation(model: AxK1ForCausalLM, prompts: torch.Tensor, new_tokens: i
     }
 
 
-def run_seed(out: Path, settings: MTPSettings) -> dict[str, dict]:
-    folder = out / f"mtp-seed-{settings.seed}"
-    keep_settings(folder, settings)
-    torch.set_num_threads(settings.threads)
+def work(stage: Path, cell: str, settings: MTPSettings) -> dict:
     rows, test, vocab_size = draw_rows(settings)
-    starts = start_models(settings, vocab_size)
-    measured = {}
-    for cell in CELLS:
+    model = start_models(settings, vocab_size)[cell]
+    result = train(stage, cell, model, rows, settings)
+    model.eval()
+    result["losses"] = held_out_losses(model, test)
+    if cell == "on":
+        prompts = test[:, : settings.prompt_tokens]
+        result["one row"] = time_generation(model, prompts[:1], settings.new_tokens)
+        result["eight rows"] = time_generation(model, prompts[:8], settings.new_tokens)
+    return result
 
-        def work(stage: Path, cell=cell) -> dict:
-            model = starts[cell]
-            result = train(stage, cell, model, rows, settings)
-            model.eval()
-            result["losses"] = held_out_losses(model, test)
-            if cell == "on":
-                prompts = test[:, : settings.prompt_tokens]
-                result["one row"] = time_generation(model, prompts[:1], settings.new_tokens)
-                result["eight rows"] = time_generation(model, prompts[:8], settings.new_tokens)
-            return result
 
-        measured[cell] = run_stage(folder, f"mtp-{cell}", work)
-    return measured
+def run_seeds(options, settings: MTPSettings) -> list[dict[str, dict]]:
+    """Of each seed {cell: what was measured}."""
+    calls = []
+    for seed in options.seeds:
+        own, folder = replace(settings, seed=seed).scaled(options.scale), options.out / f"mtp-seed-{seed}"
+        keep_settings(folder, own)
+        calls += [partial(run_stage, folder, f"mtp-{cell}", partial(work, cell=cell, settings=own)) for cell in CELLS]
+    results = at_once(calls, options.jobs, options.threads, options.out / "mtp.log")
+    return [dict(zip(CELLS, results[at : at + len(CELLS)])) for at in range(0, len(results), len(CELLS))]
 
 
 # -- the report ---------------------------------------------------------------------------------------------------
@@ -246,9 +247,11 @@ def verdict(seeds: list[dict[str, dict]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, dict]]:
-    options = options_parser(__doc__).parse_args(arguments)
+    parser = options_parser(__doc__)
+    add_jobs(parser)
+    options = parser.parse_args(arguments)
     settings = MTPSettings(threads=options.threads)
-    seeds = [run_seed(options.out, replace(settings, seed=seed).scaled(options.scale)) for seed in options.seeds]
+    seeds = run_seeds(options, settings)
     curves = {f"{cell}, seed {options.seeds[0]}": [tuple(point) for point in seeds[0][cell]["curve"]] for cell in CELLS}
     chart = report.line_chart(curves, caption="Main head's training loss", x_label="step", y_label="nats a token")
     tables = {"The main head's loss": loss_table(seeds), "Generation, greedy": speed_table(seeds)}

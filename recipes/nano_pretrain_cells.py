@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM, count_flops, count_parameters
-from recipes.nano_cells import mean_and_interval
+from recipes.nano_cells import add_jobs, at_once, mean_and_interval
 from recipes.nano_cells import options_parser as cells_parser
 from recipes.nano_think_fusion import run_stage
 from trainers import report
@@ -229,6 +230,7 @@ def curve(cell: Mapping, name: str, points: int = 120) -> list[tuple[float, floa
 def options_parser(description: str, tokens: int) -> argparse.ArgumentParser:
     parser = cells_parser(description)
     parser.set_defaults(out=Path("runs/pretraining"))
+    add_jobs(parser)
     parser.add_argument("--gsm8k", type=Path, required=True, metavar="FILE.jsonl", help="GSM8K's training lines")
     parser.add_argument("--tokens", type=int, default=tokens, help="of each training (default: %(default)s)")
     parser.add_argument(
@@ -241,18 +243,15 @@ def run_cells(
     options, experiment: str, cells: Mapping[str, Callable[[Path, Text, int, int], dict]]
 ) -> dict[str, list[dict]]:
     """Every cell in every seed: work(folder, text, tokens, seed) -> what was measured. {cell: a measurement a seed}."""
-    torch.set_num_threads(options.threads)
     text = open_text(options.out, options.gsm8k, options.files)
     tokens = max(round(options.tokens * options.scale), 2 * BATCH_ROWS * CONTEXT)
-    measured: dict[str, list[dict]] = {}
+    calls = []
     for seed in options.seeds:
         for name, work in cells.items():
             stage = f"{experiment}-{tokens}-seed{seed}-{name.replace(' ', '-').replace(',', '')}"
-            result = run_stage(
-                options.out, stage, lambda folder, work=work, seed=seed: work(folder, text, tokens, seed)
-            )
-            measured.setdefault(name, []).append(result)
-    return measured
+            calls.append(partial(run_stage, options.out, stage, partial(work, text=text, tokens=tokens, seed=seed)))
+    results = at_once(calls, options.jobs, options.threads, options.out / f"{experiment}.log")
+    return {name: results[at :: len(cells)] for at, name in enumerate(cells)}
 
 
 def charts(cells: Mapping[str, Sequence[Mapping]], measures: Mapping[str, tuple[str, bool]]) -> list[str]:
