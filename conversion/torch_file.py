@@ -235,7 +235,9 @@ class InertUnpickler(pickle._Unpickler):
         if full in REBUILDERS:
             return REBUILDERS[full]
         inside = any(module == package or module.startswith(package + ".") for package in INERT_PACKAGES)
-        if inside or full in INERT_NAMES or (module == "numpy.dtypes" and name.endswith("DType")):
+        # Python 3.10 and older pickle a signal, of Megatron's arguments, by its name alone.
+        named = (module == "numpy.dtypes" and name.endswith("DType")) or (module == "signal" and name.startswith("SIG"))
+        if inside or full in INERT_NAMES or named:
             return type(name, (Inert,), {"kind": full})
         raise ValueError(f"{self.path} asks for {full}, which is not allowed in a checkpoint; do not trust this file.")
 
@@ -464,7 +466,7 @@ class Budget:
 
 
 def plain(value: Any, depth: int = 6, budget: Budget | None = None) -> Any:
-    """Namespaces as dicts, members of enums as their names or values, the rest as it is; what lies deeper is None."""
+    """Namespaces as dicts, members of enums as names or values, what is named as its name; what lies deeper is None."""
     budget = budget or Budget(MAX_ARGUMENT_PARTS)
     budget.spend(len(value) + 1 if isinstance(value, str | bytes) else 1)
     if depth == 0:
@@ -477,6 +479,8 @@ def plain(value: Any, depth: int = 6, budget: Budget | None = None) -> Any:
             return plain(value.args[1], depth - 1, budget)
         else:
             return plain(value.args[0], depth - 1, budget) if len(value.args) == 1 else value.kind
+    if isinstance(value, type) and issubclass(value, Inert):
+        return value.kind
     if isinstance(value, dict):
         return {key: plain(entry, depth - 1, budget) for key, entry in value.items()}
     if isinstance(value, list | tuple):
