@@ -450,7 +450,10 @@ def split_thinking(
         if generation_config is None:
             raise ValueError("split_thinking got ids and no generation_config; pass model.generation_config.")
         ids = _thinking_ids(generation_config)
-        output = _last_turn(torch.as_tensor(output).tolist(), ids)
+        row_S = torch.as_tensor(output)
+        if row_S.ndim != 1:
+            raise ValueError(f"split_thinking got ids of shape {tuple(row_S.shape)} and reads one row; pass each row alone.")
+        output = _last_turn(row_S.tolist(), ids)
         think, end_think = ids.think, ids.end_think
     if enable_thinking is None and think not in output and end_think not in output:
         raise ValueError("the output has no tag, so it may be an answer or a thought cut short; pass enable_thinking.")

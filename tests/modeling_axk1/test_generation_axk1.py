@@ -497,6 +497,8 @@ def test_split_does_not_guess(model):
         split_thinking("42")
     with pytest.raises(ValueError, match="pass model.generation_config"):
         split_thinking([1, 2, 3])
+    with pytest.raises(ValueError, match=r"shape \(1, 3\) and reads one row"):
+        split_thinking([[1, 2, 3]], generation_config=model.generation_config, enable_thinking=True)
 
 
 @pytest.mark.parametrize("thinking", [True, False])
