@@ -220,7 +220,12 @@ def _modes(enable_thinking: bool | list[bool], rows: int) -> list[bool]:
     return modes
 
 
-def _reject_idle_budget(thinking_budget) -> None:
+def _reject_idle(thinking_budget, generation_config: GenerationConfig | None) -> None:
+    """For a call without a mode: what would say one, and go unread where transformers reads the rest."""
+    for name in ("enable_thinking", "thinking_budget"):
+        value = getattr(generation_config, name, None)
+        if value is not None:
+            raise ValueError(f"{name}={value} in a generation_config is not read; pass it to generate.")
     if thinking_budget is not None:
         raise ValueError(
             f"thinking_budget={thinking_budget} has no effect while enable_thinking is None; pass enable_thinking=True."
@@ -347,7 +352,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         `inputs_embeds`, for missing ids, and for lists or budgets that do not fit.
         """
         if enable_thinking is None:
-            _reject_idle_budget(thinking_budget)
+            _reject_idle(thinking_budget, generation_config)
             return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
         ids = _thinking_ids(kwargs, generation_config, self.generation_config)
@@ -376,7 +381,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         ValueError as there, and for asynchronous batching and a manager that is kept, which know no modes.
         """
         if enable_thinking is None:
-            _reject_idle_budget(thinking_budget)
+            _reject_idle(thinking_budget, generation_config)
             return super().generate_batch(inputs, generation_config, continuous_batching_config, **kwargs)
         batching = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
         kept = kwargs.get("persistent_manager") or getattr(self, "_cached_continuous_batching_manager", None)

@@ -387,6 +387,15 @@ def test_errors(model, tokenizer, case):
         model.generate(**bad_prompt(tokenizer, text), **({"enable_thinking": True, "max_new_tokens": 2} | settings))
 
 
+@pytest.mark.parametrize("setting", [{"enable_thinking": True}, {"thinking_budget": 3}], ids=str)
+def test_a_mode_in_a_generation_config_is_refused_and_not_dropped(model, tokenizer, setting):
+    prompt = prompts(tokenizer)
+    rows = prompt["input_ids"].tolist()
+    for generate, row in ((model.generate, prompt["input_ids"]), (model.generate_batch, rows)):
+        with pytest.raises(ValueError, match="in a generation_config is not read; pass it to generate"):
+            generate(row, GenerationConfig(max_new_tokens=2, **setting))
+
+
 def test_prompt_must_be_token_ids(model):
     for settings in ({}, {"inputs_embeds": torch.zeros(1, 2, 32)}, {"input_ids": torch.zeros(1, 0, dtype=torch.long)}):
         with pytest.raises(ValueError, match="input_ids"):
