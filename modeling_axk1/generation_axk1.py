@@ -183,6 +183,9 @@ def _set_control_tokens(input_ids_BS: Tensor, modes: list[bool], ids: ThinkingId
     """End each row with its mode's token. Returns the prompt and the other per-token arguments, made to fit it."""
     columns = {name: kwargs[name] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None}
     present = columns.get("attention_mask", _real_tokens(input_ids_BS, ids))
+    if present.ndim != 2:
+        shape = tuple(present.shape)
+        raise ValueError(f"enable_thinking needs an attention_mask [batch, tokens], got {shape}; pass the tokenizer's.")
     _reject_right_padding(present)
     appends = [_turn_is_bare(row, index, ids) for index, row in enumerate(input_ids_BS.tolist())]
     if any(appends):

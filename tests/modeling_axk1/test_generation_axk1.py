@@ -417,6 +417,13 @@ def test_right_padding_is_refused(model, tokenizer):
         model.generate(input_ids=right["input_ids"], enable_thinking=True)
 
 
+def test_a_mask_of_pairs_is_refused(model, tokenizer):
+    prompt = bad_prompt(tokenizer, HEADER)
+    pairs = prompt["attention_mask"][:, None, None].expand(1, 1, prompt["input_ids"].shape[1], -1).tril()
+    with pytest.raises(ValueError, match=r"needs an attention_mask \[batch, tokens\], got \(1, 1, "):
+        model.generate(prompt["input_ids"], attention_mask=pairs, enable_thinking=True)
+
+
 def test_missing_ids(tokenizer):
     model = tiny_model(tokenizer)
     model.generation_config.end_think_token_id = None
