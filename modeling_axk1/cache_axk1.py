@@ -73,7 +73,9 @@ def is_room_of(room: Tensor | None, states: Tensor) -> bool:
 
 def room_for(room: Tensor | None, states: Tensor, new: Tensor, start: int, end: int) -> Tensor:
     """`room` if tokens start:end fit behind `states`, else a larger buffer that begins with `states`."""
-    if start and is_room_of(room, states) and end <= room.shape[-2]:
+    # What inference mode made may be written to in inference mode only.
+    writable = room is not None and (torch.is_inference_mode_enabled() or not room.is_inference())
+    if start and writable and is_room_of(room, states) and end <= room.shape[-2]:
         return room
     capacity = end + max(MIN_ROOM_TOKENS, end // ROOM_FRACTION)
     larger = new.new_empty(*new.shape[:-2], capacity, new.shape[-1])

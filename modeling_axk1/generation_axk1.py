@@ -183,6 +183,9 @@ def _set_control_tokens(input_ids_BS: Tensor, modes: list[bool], ids: ThinkingId
     """End each row with its mode's token. Returns the prompt and the other per-token arguments, made to fit it."""
     columns = {name: kwargs[name] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None}
     present = columns.get("attention_mask", _real_tokens(input_ids_BS, ids))
+    if present.ndim != 2:
+        shape = tuple(present.shape)
+        raise ValueError(f"enable_thinking needs an attention_mask [batch, tokens], got {shape}; pass the tokenizer's.")
     _reject_right_padding(present)
     appends = [_turn_is_bare(row, index, ids) for index, row in enumerate(input_ids_BS.tolist())]
     if any(appends):
@@ -220,7 +223,12 @@ def _modes(enable_thinking: bool | list[bool], rows: int) -> list[bool]:
     return modes
 
 
-def _reject_idle_budget(thinking_budget) -> None:
+def _reject_idle(thinking_budget, generation_config: GenerationConfig | None) -> None:
+    """For a call without a mode: what would say one, and go unread where transformers reads the rest."""
+    for name in ("enable_thinking", "thinking_budget"):
+        value = getattr(generation_config, name, None)
+        if value is not None:
+            raise ValueError(f"{name}={value} in a generation_config is not read; pass it to generate.")
     if thinking_budget is not None:
         raise ValueError(
             f"thinking_budget={thinking_budget} has no effect while enable_thinking is None; pass enable_thinking=True."
@@ -347,7 +355,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         `inputs_embeds`, for missing ids, and for lists or budgets that do not fit.
         """
         if enable_thinking is None:
-            _reject_idle_budget(thinking_budget)
+            _reject_idle(thinking_budget, generation_config)
             return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
         ids = _thinking_ids(kwargs, generation_config, self.generation_config)
@@ -376,7 +384,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         ValueError as there, and for asynchronous batching and a manager that is kept, which know no modes.
         """
         if enable_thinking is None:
-            _reject_idle_budget(thinking_budget)
+            _reject_idle(thinking_budget, generation_config)
             return super().generate_batch(inputs, generation_config, continuous_batching_config, **kwargs)
         batching = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
         kept = kwargs.get("persistent_manager") or getattr(self, "_cached_continuous_batching_manager", None)
@@ -450,7 +458,10 @@ def split_thinking(
         if generation_config is None:
             raise ValueError("split_thinking got ids and no generation_config; pass model.generation_config.")
         ids = _thinking_ids(generation_config)
-        output = _last_turn(torch.as_tensor(output).tolist(), ids)
+        row_S = torch.as_tensor(output)
+        if row_S.ndim != 1:
+            raise ValueError(f"split_thinking got ids of shape {tuple(row_S.shape)} and reads one row; pass each row alone.")
+        output = _last_turn(row_S.tolist(), ids)
         think, end_think = ids.think, ids.end_think
     if enable_thinking is None and think not in output and end_think not in output:
         raise ValueError("the output has no tag, so it may be an answer or a thought cut short; pass enable_thinking.")

@@ -227,11 +227,8 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T * scaling + mask) v; returns [B, Q, N, D] and the weights [B, N, Q, S]."""
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    """softmax(q k^T * scaling, masked) v; returns [B, Q, N, D] and the weights [B, N, Q, S]."""
+    weights = masked_softmax(query @ key.transpose(2, 3) * scaling, attention_mask)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 

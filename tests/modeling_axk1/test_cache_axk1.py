@@ -86,6 +86,17 @@ def test_reordered_beams_keep_their_room():
     assert layer.keys.data_ptr() == pointer
 
 
+def test_a_text_begun_in_inference_mode_goes_on_outside_of_it():
+    layer, stock = GrowingLayer(), DynamicLayer()
+    begun, new = latents(1, 3), latents(1, 1)
+    for each in (layer, stock):
+        with torch.inference_mode():
+            each.update(*begun)
+        with torch.no_grad():
+            each.update(*new)
+    assert same(layer, stock)
+
+
 def test_gradients_flow_through_cached_latents():
     a, b = GrowingLayer(), DynamicLayer()
     prefix = [t.requires_grad_() for t in latents(1, 3)]

@@ -387,6 +387,15 @@ def test_errors(model, tokenizer, case):
         model.generate(**bad_prompt(tokenizer, text), **({"enable_thinking": True, "max_new_tokens": 2} | settings))
 
 
+@pytest.mark.parametrize("setting", [{"enable_thinking": True}, {"thinking_budget": 3}], ids=str)
+def test_a_mode_in_a_generation_config_is_refused_and_not_dropped(model, tokenizer, setting):
+    prompt = prompts(tokenizer)
+    rows = prompt["input_ids"].tolist()
+    for generate, row in ((model.generate, prompt["input_ids"]), (model.generate_batch, rows)):
+        with pytest.raises(ValueError, match="in a generation_config is not read; pass it to generate"):
+            generate(row, GenerationConfig(max_new_tokens=2, **setting))
+
+
 def test_prompt_must_be_token_ids(model):
     for settings in ({}, {"inputs_embeds": torch.zeros(1, 2, 32)}, {"input_ids": torch.zeros(1, 0, dtype=torch.long)}):
         with pytest.raises(ValueError, match="input_ids"):
@@ -406,6 +415,13 @@ def test_right_padding_is_refused(model, tokenizer):
         model.generate(**right, enable_thinking=True)
     with pytest.raises(ValueError, match="padded on the right"):
         model.generate(input_ids=right["input_ids"], enable_thinking=True)
+
+
+def test_a_mask_of_pairs_is_refused(model, tokenizer):
+    prompt = bad_prompt(tokenizer, HEADER)
+    pairs = prompt["attention_mask"][:, None, None].expand(1, 1, prompt["input_ids"].shape[1], -1).tril()
+    with pytest.raises(ValueError, match=r"needs an attention_mask \[batch, tokens\], got \(1, 1, "):
+        model.generate(prompt["input_ids"], attention_mask=pairs, enable_thinking=True)
 
 
 def test_missing_ids(tokenizer):
@@ -497,6 +513,8 @@ def test_split_does_not_guess(model):
         split_thinking("42")
     with pytest.raises(ValueError, match="pass model.generation_config"):
         split_thinking([1, 2, 3])
+    with pytest.raises(ValueError, match=r"shape \(1, 3\) and reads one row"):
+        split_thinking([[1, 2, 3]], generation_config=model.generation_config, enable_thinking=True)
 
 
 @pytest.mark.parametrize("thinking", [True, False])

@@ -257,6 +257,19 @@ def test_packed_rows_and_own_masks_equal_stock(seed):
 
 
 @torch.no_grad()
+def test_a_boolean_mask_means_the_same_to_every_attention():
+    """Expanded and absorbed; added to eager's scores, as stock adds it, it would hide nothing."""
+    model = ours(random_config(1))
+    input_ids, _ = padded_ids(model.config)
+    allowed = (torch.rand(2, 1, 13, 13) < 0.5) | torch.eye(13, dtype=torch.bool)
+    expected = model(input_ids, attention_mask=allowed).logits
+    model.set_attn_implementation("eager")
+    for use_cache in (False, True):
+        logits = model(input_ids, attention_mask=allowed, use_cache=use_cache).logits
+        assert largest_difference(logits, expected) <= PREFILL
+
+
+@torch.no_grad()
 def test_bf16_autocast_is_no_less_accurate_than_stock():
     model = ours(random_config(1))
     twin = stock_twin(model)
