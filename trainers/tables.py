@@ -23,6 +23,7 @@ class Kind:
 TEXT = Kind("a text", lambda value: isinstance(value, str) and bool(value.strip()))
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
 NOTHING = Kind("null", lambda value: value is None)
+TABLE = Kind("a table", lambda value: isinstance(value, Mapping))
 
 
 def whole(least: int) -> Kind:
