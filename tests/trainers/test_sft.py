@@ -13,16 +13,13 @@ from modeling_axk1 import AxK1ForCausalLM
 from modeling_axk1.quantization_axk1 import is_packed
 from recipes import think_fusion_sft
 from tests.random_models import tiny_chat_config
+from tests.trainers.questions import ask
 from trainers import sft
 from trainers.adapters import ParamWrapper
 from trainers.mode_overlap import build_mode_overlap, make_row, save_mode_overlap
 from trainers.tokenizer import CHAT_TEMPLATE, train_tokenizer
 
 CONFIGS = Path(think_fusion_sft.__file__).parent / "configs"
-
-
-def ask(text):
-    return [{"role": "user", "content": text}]
 
 
 @pytest.fixture(scope="module")
