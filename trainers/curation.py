@@ -28,6 +28,7 @@ import contextlib
 import fcntl
 import functools
 import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -530,10 +531,7 @@ def _dropped(folder: Path) -> dict:
 
 def _rows(path: Path, limit: int | None = None):
     with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            if number == limit:
-                return
-            yield json.loads(line)
+        yield from map(json.loads, itertools.islice(file, limit))
 
 
 def _shortened(row: dict) -> dict:
