@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import options_parser, record, show
+from timing import memory_bytes, options_parser, record, show
 
 from conversion import convert_to_hf, convert_to_megatron, verify
 from conversion.checkpoint import Shard, TensorSpec, plan_shards, shard_header, write_index
-from conversion.weight_map import rows_of
+from conversion.weight_map import hf_shapes, rows_of
 from modeling_axk1 import AxK1Config, count_parameters
 
 # What Megatron-Bridge says of itself, in its releases and issues (NVIDIA-NeMo/Megatron-Bridge), beside what is shown here.
@@ -59,10 +59,9 @@ def write_model(folder: Path, config: AxK1Config, random: bool) -> int:
     folder.mkdir()
     config.save_pretrained(folder)
     specs = []
-    for row in rows_of(config):
-        for name in row.hf:
-            dtype = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
-            specs.append(TensorSpec(name, dtype, (row.shape[0] // len(row.hf), *row.shape[1:])))
+    for name, shape in hf_shapes(rows_of(config)).items():
+        dtype = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
+        specs.append(TensorSpec(name, dtype, shape))
     shards = plan_shards(specs, 10**9)
     # Normal numbers, so that none is NaN; repeated, as no copy or hash looks for repetitions.
     noise = torch.randn(2**25).to(torch.bfloat16).view(torch.uint8).numpy().tobytes() if random else b""
@@ -137,11 +136,11 @@ def measure_memory(folder: Path, gigabytes: float) -> None:
     """Peak anonymous memory, beyond what the process holds before it begins, of a conversion there and back."""
     begun = time.perf_counter()
     nbytes = write_model(folder / "sparse", config_of_size(gigabytes * 1e9), random=False)
-    start, peak, done = anonymous_bytes(), [0], threading.Event()
+    start, peak, done = memory_bytes("RssAnon"), [0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.005):
-            peak[0] = max(peak[0], anonymous_bytes() - start)
+            peak[0] = max(peak[0], memory_bytes("RssAnon") - start)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -155,11 +154,6 @@ def measure_memory(folder: Path, gigabytes: float) -> None:
         f"{nbytes / 1e9:.1f} GB there and back, verified, in {time.perf_counter() - begun:.0f} s: {peak[0] / 1e6:.0f} MB beyond "
         f"the start of the process, {whole / 1e6:.0f} MB in all, imports and mapped libraries included"
     )
-
-
-def anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def show_peer() -> None:

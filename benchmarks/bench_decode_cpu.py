@@ -8,10 +8,9 @@ to the resident set at its peak.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from timing import interleaved_medians_ms, options_parser, record, show
+from timing import forget_peak, interleaved_medians_ms, memory_bytes, options_parser, record, show
 from transformers import DynamicCache
 from transformers.models.axk1.configuration_axk1 import AXK1Config
 from transformers.models.axk1.modeling_axk1 import AXK1ForCausalLM
@@ -76,17 +75,12 @@ def attention_core(tokens: int) -> Callable[[], None]:
     return run
 
 
-def status_mb(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-
 def added_memory_mb(run: Callable[[], object]) -> float:
     """Peak resident set during `run` beyond that before it (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_mb("VmRSS")
+    forget_peak()
+    before = memory_bytes("VmRSS")
     run()
-    return status_mb("VmHWM") - before
+    return (memory_bytes("VmHWM") - before) / 2**20
 
 
 def main() -> None:

@@ -6,6 +6,7 @@
 from collections.abc import Callable
 
 import torch
+from moe_dispatch import step
 from timing import interleaved_medians_ms, options_parser, record, show
 
 from modeling_axk1 import AxK1Config
@@ -23,23 +24,6 @@ def layer(dtype: torch.dtype) -> AxK1Experts:
     for parameter in experts.parameters():
         parameter.data.normal_(std=0.05)
     return experts.to(dtype)
-
-
-def step(experts: AxK1Experts, implementation: str, inputs, backward: bool) -> Callable[[], torch.Tensor]:
-    x, ids, weights = inputs
-
-    def run() -> torch.Tensor:
-        experts.config._experts_implementation = implementation
-        if not backward:
-            with torch.no_grad():
-                return experts(x, ids, weights)
-        experts.zero_grad(set_to_none=True)
-        leaf = x.detach().requires_grad_()
-        output = experts(leaf, ids, weights)
-        output.backward(x)
-        return leaf.grad
-
-    return run
 
 
 def bare_matmuls(experts: AxK1Experts, inputs, backward: bool) -> Callable[[], None]:

@@ -8,12 +8,12 @@ each candidate's own peak in a fresh process, weights included, beyond its libra
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
+from bench_training_cpu import training_step
 from peft import LoraConfig, PeftModel, get_peft_model
-from timing import interleaved_medians_ms, options_parser, record, show
+from timing import forget_peak, interleaved_medians_ms, memory_bytes, options_parser, record, show
 from transformers.models.axk1.configuration_axk1 import AXK1Config
 from transformers.models.axk1.modeling_axk1 import AXK1ForCausalLM
 
@@ -23,6 +23,7 @@ from trainers.adapters import lora_config, target_names
 CANDIDATES = ("ours", "our model", "stock")
 STEPS = 6
 MEBIBYTE = 2**20
+lora_step = partial(training_step, lr=1e-3)
 SIZES = {
     "small": {"hidden_size": 512, "n_routed_experts": 64, "moe_intermediate_size": 256, "num_experts_per_tok": 8},
     "wide": {"hidden_size": 1024, "n_routed_experts": 64, "moe_intermediate_size": 512, "num_experts_per_tok": 8},
@@ -50,19 +51,6 @@ def adapted(candidate: str, size: str, layers: int, rank: int) -> PeftModel:
     return tuned.train()
 
 
-def training_step(model: torch.nn.Module, input_ids: torch.Tensor) -> Callable[[], float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
-
-    def run() -> float:
-        optimizer.zero_grad()
-        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return run
-
-
 def batch(options) -> torch.Tensor:
     return torch.randint(0, 512, (1, options.tokens), generator=torch.Generator().manual_seed(1))
 
@@ -71,7 +59,7 @@ def check_same_losses(options) -> dict[str, list[float]]:
     """Losses of the first steps; AssertionError unless they fall and every candidate's are the same."""
     losses = {}
     for name in CANDIDATES:
-        run = training_step(adapted(name, options.size, options.layers, options.rank), batch(options))
+        run = lora_step(adapted(name, options.size, options.layers, options.rank), batch(options))
         losses[name] = [run() for _ in range(STEPS)]
     ours = losses["ours"]
     assert ours[-1] < ours[0] - 0.01, f"nothing is learned: {ours}"
@@ -83,19 +71,13 @@ def check_same_losses(options) -> dict[str, list[float]]:
 
 def peak_bytes(options) -> int:
     """The most that this process holds over three steps, weights included, beyond what it holds after a step of a tiny model."""
-    training_step(adapted(options.peak_of, "tiny", layers=1, rank=1), batch(options)[:, :16])()
-    # Forgets the peak so far.
-    Path("/proc/self/clear_refs").write_text("5")
+    lora_step(adapted(options.peak_of, "tiny", layers=1, rank=1), batch(options)[:, :16])()
+    forget_peak()
     before = memory_bytes("VmRSS")
-    run = training_step(adapted(options.peak_of, options.size, options.layers, options.rank), batch(options))
+    run = lora_step(adapted(options.peak_of, options.size, options.layers, options.rank), batch(options))
     for _ in range(3):
         run()
     return memory_bytes("VmHWM") - before
-
-
-def memory_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def peaks_in_fresh_processes(options) -> dict[str, int]:
@@ -128,7 +110,7 @@ def main() -> None:
     print("losses:", *(f"{name} {values[0]:.5f} -> {values[-1]:.5f}" for name, values in losses.items()), sep="\n  ")
     peaks = peaks_in_fresh_processes(options)
     runs = {
-        name: training_step(adapted(name, options.size, options.layers, options.rank), batch(options))
+        name: lora_step(adapted(name, options.size, options.layers, options.rank), batch(options))
         for name in CANDIDATES
     }
     case = f"{options.size}, {options.layers} layers, r = {options.rank}, {options.tokens} tokens"

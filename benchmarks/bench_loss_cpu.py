@@ -10,11 +10,10 @@ needs at most beyond its inputs and the gradients that it returns, as Linux coun
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved_medians_ms, options_parser, record, show
+from timing import forget_peak, interleaved_medians_ms, memory_bytes, options_parser, record, show
 from torch import Tensor
 
 from modeling_axk1.loss_axk1 import fused_linear_loss
@@ -49,21 +48,15 @@ def step(loss: Callable, case: tuple) -> tuple[Tensor, Tensor, Tensor]:
     return value.detach(), *torch.autograd.grad(value, [x, weight])
 
 
-def resident_bytes(field: str) -> int:
-    """VmRSS, what is resident now, or VmHWM, the most since the mark was reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def peak_bytes(name: str, sizes: tuple, threads: int) -> int:
     """In a fresh process: the most memory while the loss runs, less what stood there before and what it returns."""
     torch.set_num_threads(threads)
     step(LOSSES[name], inputs(4, 8, 16, sizes[-1]))  # libraries load at the first call
     case = inputs(*sizes)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident_bytes("VmRSS")
+    forget_peak()
+    before = memory_bytes("VmRSS")
     returned = sum(t.nbytes for t in step(LOSSES[name], case))
-    return resident_bytes("VmHWM") - before - returned
+    return memory_bytes("VmHWM") - before - returned
 
 
 def measured_alone(name: str, sizes: tuple, threads: int) -> int:

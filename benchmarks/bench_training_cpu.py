@@ -21,9 +21,9 @@ def models() -> tuple[AxK1ForCausalLM, AXK1ForCausalLM]:
     return ours, stock
 
 
-def training_step(model: torch.nn.Module, input_ids: torch.Tensor) -> Callable[[], float]:
+def training_step(model: torch.nn.Module, input_ids: torch.Tensor, lr: float = 1e-4) -> Callable[[], float]:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)  # Trainer's default
+    optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True)  # Trainer's default
 
     def run() -> float:
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""How is time measured here?  Candidates take turns, each in bursts; the median of each; one CSV row a figure."""
+"""How are time and memory measured here?  Candidates take turns, each in bursts; the median of each; one CSV row a figure."""
 
 import argparse
 import csv
@@ -48,6 +48,16 @@ def interleaved_medians_ms(
             if turn:
                 times[name].append(1000 * (time.perf_counter() - start) / burst)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def memory_bytes(field: str) -> int:
+    """Of this process, as Linux counts: VmRSS is resident now, RssAnon its own part, VmHWM the most since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def processor_name() -> str:

@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import modeling_axk1  # noqa: F401  (registers A.X K1's classes)
 from modeling_axk1.quantization_axk1 import quantization_errors, quantized_share
-from recipes.nano_problems import Problem, score
-from recipes.nano_think_fusion import Settings, draw_splits
+from recipes.nano_problems import Problem
+from recipes.nano_think_fusion import Settings, answer_problems, draw_splits
 from trainers import report
-from trainers.evaluation import evaluate_mode
 
 WAYS = {
     "as trained": None,
@@ -42,16 +41,8 @@ def measure(model, tokenizer, problems: list[Problem], max_new_tokens: int, titl
         with tqdm(
             total=len(problems), desc=f"{title}, {'' if thinking else 'non-'}thinking", dynamic_ncols=True
         ) as bar:
-            result, _, _ = evaluate_mode(
-                model,
-                tokenizer,
-                [problem.messages for problem in problems],
-                lambda number, answer: score(problems[number], answer),
-                thinking=thinking,
-                max_new_tokens=max_new_tokens,
-                batch_size=250,
-                on_batch=bar.update,
-            )
+            how = {"thinking": thinking, "max_new_tokens": max_new_tokens, "on_batch": bar.update}
+            result, _, _ = answer_problems(model, tokenizer, problems, **how)
         rows.append(result.as_row())
     return rows
 

@@ -126,9 +126,9 @@ def stream_family(family: str, seed: int) -> Iterator[Problem]:
         yield Problem(family, question, trace, entry["answer"], entry)
 
 
-def draw_problems(size: int, *, seed: int, exclude: set[str] = frozenset()) -> list[Problem]:
-    """`size` problems with distinct questions, none in `exclude`, the families taking turns."""
-    seen = set(exclude)
+def draw_problems(size: int, *, seed: int) -> list[Problem]:
+    """`size` problems with distinct questions, the families taking turns."""
+    seen = set()
 
     def fresh(family):
         for problem in stream_family(family, seed):

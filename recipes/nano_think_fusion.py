@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from modeling_axk1 import AxK1Config, AxK1ForCausalLM, set_thinking_tokens
 from modeling_axk1.modeling_axk1 import AxK1TopkRouter
 from recipes.nano_problems import Problem, draw_problems, score
 from trainers import report
-from trainers.evaluation import evaluate_mode
+from trainers.evaluation import ModeResult, Reading, evaluate_mode
 from trainers.mode_curves import Measure
 from trainers.mode_overlap import build_mode_overlap, make_row, save_mode_overlap, validate_mode_overlap
 from trainers.think_fusion import ThinkFusionConfig, ThinkFusionTrainer
@@ -238,22 +238,20 @@ def fuse(folder: Path, start: Path, tokenizer, problems: Problems, settings: Set
     return trained | {"thinking_token_share": found.thinking_token_share}
 
 
+def answer_problems(model, tokenizer, problems: Sequence[Problem], **how) -> tuple[ModeResult, list[Reading], list[bool]]:
+    """`evaluate_mode` by reasoning-gym's verifier."""
+    prompts = [p.messages for p in problems]
+    return evaluate_mode(model, tokenizer, prompts, lambda n, said: score(problems[n], said), batch_size=250, **how)
+
+
 def evaluate(folder: Path, model_dir: Path, tokenizer, test: list[Problem], settings: Settings) -> dict:
     """Both modes on the held-out problems, greedy, nothing enforced; accuracy by reasoning-gym's verifier."""
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     modes, families = [], []
     for thinking in (True, False):
         with tqdm(total=len(test), desc="thinking" if thinking else "non-thinking", dynamic_ncols=True) as bar:
-            result, _, correct = evaluate_mode(
-                model,
-                tokenizer,
-                [p.messages for p in test],
-                lambda number, answer: score(test[number], answer),
-                thinking=thinking,
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=250,
-                on_batch=bar.update,
-            )
+            how = {"thinking": thinking, "max_new_tokens": settings.max_new_tokens, "on_batch": bar.update}
+            result, _, correct = answer_problems(model, tokenizer, test, **how)
         modes.append(result.as_row())
         for family in sorted({p.family for p in test}):
             verdicts = [right for p, right in zip(test, correct) if p.family == family]

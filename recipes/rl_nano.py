@@ -26,10 +26,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from recipes import nano_think_fusion as nano
-from recipes.nano_problems import Problem, draw_problems, score
+from recipes.nano_problems import Problem, draw_problems
 from trainers import report
 from trainers.dapo_gspo import DapoGspoConfig, DapoGspoTrainer
-from trainers.evaluation import evaluate_mode
 from trainers.mode_overlap import build_mode_overlap, make_row
 from trainers.rewards import judge_reasoning_gym
 from trainers.think_fusion import ThinkFusionConfig, ThinkFusionTrainer
@@ -199,16 +198,8 @@ def measure(
     """For each mode its result, and of each problem whether the answer is right and whether its format is broken."""
     found = []
     for thinking in modes:
-        result, readings, correct = evaluate_mode(
-            model,
-            tokenizer,
-            [p.messages for p in problems],
-            lambda number, answer: score(problems[number], answer),
-            thinking=thinking,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=250,
-            **how,
-        )
+        asked = {"thinking": thinking, "max_new_tokens": settings.max_new_tokens, **how}
+        result, readings, correct = nano.answer_problems(model, tokenizer, problems, **asked)
         found.append((result.as_row(), correct, [reading.format_error for reading in readings]))
     return found
 

@@ -66,13 +66,11 @@ def files_of(path: str | Path) -> list[Path]:
     return files
 
 
-def read_documents(
-    files: list[Path], counts: Counter, *, text_key: str = "text", max_bytes: int = MAX_DOCUMENT_BYTES
-) -> Iterator[Record]:
+def read_documents(files: list[Path], counts: Counter, *, text_key: str = "text") -> Iterator[Record]:
     """Every document of `files`; `counts` is updated with what was read and, by reason, what could not be."""
     for path in files:
         with fsspec.open(str(path), "rb", compression="infer") as file:
-            yield from read_records(file, format_of(path), counts, text_key=text_key, max_bytes=max_bytes)
+            yield from read_records(file, format_of(path), counts, text_key=text_key)
 
 
 def read_records(

@@ -28,6 +28,7 @@ import contextlib
 import fcntl
 import functools
 import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -94,15 +95,14 @@ SAMPLES = 3
 QUEUE = ".jobs"
 
 # -- what a recipe may hold ---------------------------------------------------------------------------------------
-TABLE = tables.Kind("a table", lambda value: isinstance(value, dict))
-OPTIONAL_TABLE = tables.either(TABLE, tables.NOTHING)
+OPTIONAL_TABLE = tables.either(tables.TABLE, tables.NOTHING)
 SHARE = tables.number(0, 1)
 RECIPE_KINDS = {
     "out": tables.TEXT,
-    "sources": tables.list_of(TABLE, "- {name: web, path: crawl/*.jsonl}"),
-    "heuristics": TABLE,
+    "sources": tables.list_of(tables.TABLE, "- {name: web, path: crawl/*.jsonl}"),
+    "heuristics": tables.TABLE,
     **dict.fromkeys(("language", "quality", "domain", "difficulty", "decontaminate"), OPTIONAL_TABLE),
-    "deduplicate": TABLE,
+    "deduplicate": tables.TABLE,
     "mixture": tables.either(tables.NOTHING, tables.table_of(tables.number(), "{web: 0.7, code: 0.3}")),
     "max_repeats": tables.number(),
     "max_document_bytes": tables.whole(1),
@@ -113,7 +113,7 @@ RECIPE_KINDS = {
 }
 SOURCE_KINDS = {
     **dict.fromkeys(("name", "path", "text_key", "domain", "language"), tables.TEXT),
-    "heuristics": TABLE,
+    "heuristics": tables.TABLE,
 }
 SECTION_KINDS = {
     "language": {"keep": tables.list_of(tables.TEXT, "[en, ko]"), "minimum": SHARE},
@@ -143,7 +143,7 @@ def slurm_kinds() -> dict[str, tables.Kind]:
         elif isinstance(default, int):
             kinds[name] = tables.whole(-1)
         else:
-            kinds[name] = TABLE if name.endswith("_args") else tables.either(tables.TEXT, tables.NOTHING)
+            kinds[name] = tables.TABLE if name.endswith("_args") else tables.either(tables.TEXT, tables.NOTHING)
     # YAML reads 10:00:00 as 36,000.
     kinds |= {"partition": tables.TEXT, "time": tables.Kind('a text such as "10:00:00", in quotes', tables.TEXT.fits)}
     ours = ("pipeline", "tasks", "logging_dir", "depends", "job_name", "job_id_retriever", "requeue_signals")
@@ -255,7 +255,7 @@ class Recipe:
 
 
 def _check_heuristics(rules: Mapping, where: str) -> None:
-    kinds = dict.fromkeys(HEURISTICS_KINDS, TABLE)
+    kinds = dict.fromkeys(HEURISTICS_KINDS, tables.TABLE)
     tables.check(rules, kinds, f"heuristics of {where}")
     for part, thresholds in rules.items():
         tables.check(thresholds, HEURISTICS_KINDS[part], f"heuristics.{part} of {where}")
@@ -531,10 +531,7 @@ def _dropped(folder: Path) -> dict:
 
 def _rows(path: Path, limit: int | None = None):
     with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            if number == limit:
-                return
-            yield json.loads(line)
+        yield from map(json.loads, itertools.islice(file, limit))
 
 
 def _shortened(row: dict) -> dict:

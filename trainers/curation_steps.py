@@ -80,13 +80,13 @@ class Kept(PipelineStep):
 
     name, type = "verdict", "curation"
 
-    def __init__(self, step: str, verdict: str = "kept"):
+    def __init__(self, step: str):
         super().__init__()
-        self.step, self.verdict = step, verdict
+        self.step = step
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         for document in data:
-            keep(document, self.step, self.verdict)
+            keep(document, self.step, "kept")
             yield document
 
 

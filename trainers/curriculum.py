@@ -26,7 +26,6 @@ MOST_STEPS = 10_000_000
 COUNT = tables.whole(0)
 STAGE_COUNTS = ("tokens", "batch_tokens", "batch_tokens_start", "batch_ramp_tokens")
 SHARES = tables.table_of(tables.number(), "{web: 0.7, code: 0.3}")
-ANY_TABLE = tables.Kind("a table", lambda value: isinstance(value, Mapping))
 # Transformers' names; whether they make a RoPE together, the trainer tries before its first step.
 ROPE_KINDS = {
     "rope_type": tables.TEXT,
@@ -43,14 +42,14 @@ ROPE_KINDS = {
 LEVEL_KINDS = {
     "length": tables.whole(1),
     "share": tables.number(0, 1),
-    "rope": tables.either(tables.NOTHING, ANY_TABLE),
+    "rope": tables.either(tables.NOTHING, tables.TABLE),
 }
 STAGE_KINDS = {
     "name": tables.TEXT,
     **dict.fromkeys(STAGE_COUNTS, COUNT),
     "context": tables.either(
         tables.whole(1),
-        tables.list_of(tables.either(tables.whole(1), ANY_TABLE), "[4096, {length: 16384}]"),
+        tables.list_of(tables.either(tables.whole(1), tables.TABLE), "[4096, {length: 16384}]"),
     ),
     "mixture": SHARES,
     "normalise_mixture": tables.SWITCH,

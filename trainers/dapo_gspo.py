@@ -211,6 +211,8 @@ class DapoGspoTrainer(GRPOTrainer):
     _name = "reinforcement in both modes (DAPO with GSPO's ratio)"
     _tag_names = ["trl", "grpo", "dapo", "gspo"]
     measures = MEASURES
+    # In place of TRL's, which knows of no modes.
+    create_model_card = write_card
 
     def __init__(
         self,
@@ -397,10 +399,6 @@ class DapoGspoTrainer(GRPOTrainer):
             "advantages": batch["advantages"] * counts_B * scale,
             "num_items_in_batch": self.accelerator.gather(mask_BS.sum()).sum(),
         }
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """README.md of what is saved, with the modes' curves: in place of TRL's, which knows of no modes."""
-        write_card(self, model_name, dataset_name, tags)
 
     def _log_sampling(self, phase: str, asked: list[Group], slots: list[Group], rounds: int) -> None:
         fates = [group.fate for group in asked]

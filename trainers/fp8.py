@@ -27,8 +27,7 @@ def check_trainable(model: AxK1ForCausalLM) -> None:
             f"{len(low)} parameters, {low[0]} the first, are {model.get_parameter(low[0]).dtype} but FP8 training rounds "
             "fp32 master weights; load the model with dtype=torch.float32."
         )
-    quantised = getattr(model, "is_quantized", False)
-    if quantised:
+    if getattr(model, "is_quantized", False):
         raise ValueError("the model is quantised already; load it without quantization_config to train it in FP8.")
 
 

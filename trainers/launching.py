@@ -19,6 +19,7 @@ import modeling_axk1  # noqa: F401
 from trainers import report
 from trainers.adapters import target_names
 from trainers.mode_curves import first_and_last, write_report
+from trainers.safeguards import checkpoints_in
 
 LORA_TARGETS = {
     "help": "With use_peft, the parts to adapt: attention, shared (experts), routed (experts), dense (layers), in place of "
@@ -129,9 +130,7 @@ def find_checkpoint(config: TrainingArguments) -> str | None:
         if not _is_whole(Path(asked)):
             raise ValueError(f"{asked} has no whole {TRAINER_STATE_NAME}: no checkpoint, or half of one; try latest instead.")
         return asked
-    folders = sorted(
-        Path(config.output_dir).glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2])
-    )
+    folders = checkpoints_in(Path(config.output_dir))
     while folders and not _is_whole(folders[-1]):
         logger.warning("%s has no whole %s: its saving was interrupted; passed over.", folders.pop(), TRAINER_STATE_NAME)
     return str(folders[-1]) if folders else None

@@ -68,14 +68,16 @@ class Lineage:
     tags: Sequence[str] = ()
 
 
-def write_card(trainer, model_name: str | None, dataset: str | None, tags: str | Sequence[str] | None) -> None:
-    """README.md in the trainer's `output_dir`, from its first process. The arguments are those of `create_model_card`."""
+def write_card(
+    trainer, model_name: str | None = None, dataset_name: str | None = None, tags: str | Sequence[str] | None = None
+) -> None:
+    """README.md in the trainer's `output_dir`, with the modes' curves, from its first process; its `create_model_card`."""
     if not trainer.is_world_process_zero():
         return
     args, given = trainer.args, [tags] if isinstance(tags, str) else tags or []
     lineage = Lineage(
         base=trainer.model.config._name_or_path,
-        dataset=dataset,
+        dataset=dataset_name,
         method=trainer._name,
         is_adapter=is_peft_model(trainer.model),
         tags=sorted({*given, *trainer._tag_names}),

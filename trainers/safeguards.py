@@ -8,7 +8,6 @@ import os
 import signal
 import statistics
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -27,9 +26,9 @@ class SpikeDetector:
     has a spread near 0: the deviation counts as at least `least` nats.
     """
 
-    def __init__(self, window: int = 128, sigmas: float = 7.0, least: float = 0.02, losses: Sequence[float] = ()):
+    def __init__(self, window: int = 128, sigmas: float = 7.0, least: float = 0.02):
         self.sigmas, self.least = sigmas, least
-        self.losses: deque[float] = deque(losses, maxlen=window)
+        self.losses: deque[float] = deque(maxlen=window)
 
     def accepts(self, loss: float) -> bool:
         """Whether the loss is no spike; if so it joins the window. Infinite and NaN losses are never accepted."""

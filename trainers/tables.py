@@ -1,6 +1,6 @@
 """Does a table read from YAML hold what it may? Kinds of values as data; what does not fit is refused in one sentence.
 
-    KINDS = {"tokens": whole(1), "order": one_of("shuffled", "as_is")}
+    KINDS = {"tokens": whole(1), "order": TEXT}
     check(table, KINDS, "stage 'one'", needed=["tokens"])
 """
 
@@ -23,6 +23,7 @@ class Kind:
 TEXT = Kind("a text", lambda value: isinstance(value, str) and bool(value.strip()))
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
 NOTHING = Kind("null", lambda value: value is None)
+TABLE = Kind("a table", lambda value: isinstance(value, Mapping))
 
 
 def whole(least: int) -> Kind:
@@ -41,10 +42,6 @@ def number(least: float = -math.inf, most: float = math.inf) -> Kind:
 def is_number(value: object) -> bool:
     # YAML's `yes` and `true` are numbers to Python; a comparison, unlike isfinite, takes an integer of any size.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def one_of(*names: str) -> Kind:
-    return Kind(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
 
 
 def list_of(kind: Kind, example: str) -> Kind:

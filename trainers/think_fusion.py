@@ -153,6 +153,8 @@ class ThinkFusionTrainer(SFTTrainer):
     _name = "Think-Fusion SFT"
     _tag_names = ["trl", "sft", "think-fusion"]
     measures = MEASURES
+    # In place of TRL's, which knows of no modes.
+    create_model_card = write_card
 
     def __init__(
         self,
@@ -273,10 +275,6 @@ class ThinkFusionTrainer(SFTTrainer):
         ):
             logs |= self.probe()
         super().log(logs, start_time)
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """README.md of what is saved, with the modes' curves: in place of TRL's, which knows of no modes."""
-        write_card(self, model_name, dataset_name, tags)
 
     def probe(self) -> dict[str, float]:
         """Format error, truncation and tokens of each mode's greedy answers to the probe prompts. Draws no random number."""

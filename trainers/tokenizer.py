@@ -201,7 +201,6 @@ def train_tokenizer(
     *,
     reserved: int = 0,
     multiple_of: int = 1,
-    most_pieces: int = MOST_PIECES,
     show_progress: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Learn a lossless byte-level BPE from `texts` and attach the chat and response templates.
@@ -209,7 +208,7 @@ def train_tokenizer(
     `vocab_size` counts the 256 bytes, the special tokens and `reserved` spare ones and is an upper bound: a small corpus
     runs out of merges earlier, so size the model by `len(tokenizer)`, which more spare tokens make a multiple of
     `multiple_of` (128: a matrix of that many rows fills the tensor cores' tiles).
-    Of the texts only how often each piece occurs is held, for `most_pieces` of them (`count_pieces`). The same texts in the
+    Of the texts only how often each piece occurs is held, for `MOST_PIECES` of them (`count_pieces`). The same texts in the
     same order give the same tokenizer. The end of sequence is `<|im_end|>`; padding is on the left,
     ready for batched generation.
     """
@@ -232,7 +231,7 @@ def train_tokenizer(
     )
     # Pieces come split: tokenizers' own counting would hold every one that ever occurred.
     bpe.pre_tokenizer = bytes_
-    bpe.train_from_iterator(as_often_as_seen(count_pieces(texts, most_pieces)), learned)
+    bpe.train_from_iterator(as_often_as_seen(count_pieces(texts)), learned)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in CONTROL_TOKENS])
     spare = reserved + -(bpe.get_vocab_size() + reserved) % multiple_of

@@ -22,7 +22,6 @@ from trainers.tokenizer import train_tokenizer
 
 # Of a longer document only so much is learned from, or one file would weigh as a thousand.
 MAX_PIECE_CHARACTERS = 1_000_000
-SAMPLE_BYTES = 5_000_000_000
 
 
 @dataclass

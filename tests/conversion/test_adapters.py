@@ -10,6 +10,7 @@ from transformers import AXK1ForCausalLM
 
 import axk1
 from conversion.adapters import export_adapter, merge_adapter
+from tests.folders import on_disk
 from tests.random_models import ours, random_config
 from trainers.adapters import lora_config
 
@@ -27,14 +28,10 @@ def saved(tmp_path_factory):
     return folder
 
 
-def tensors(folder) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
 def test_merged_as_a_stream_it_is_what_peft_merges(saved, tmp_path, capsys):
     target = tmp_path / "out"
     assert axk1.main(["adapter", "merge", *map(str, (saved / "model", saved / "adapter", target))]) == 0
-    before, truth, found = tensors(saved / "model"), tensors(saved / "merged"), tensors(target)
+    before, truth, found = on_disk(saved / "model"), on_disk(saved / "merged"), on_disk(target)
     assert found.keys() == truth.keys()
     moved = [name for name in truth if not torch.equal(truth[name], before[name])]
     assert sum(".mlp.experts." in name for name in moved) > 10 and any("self_attn.kv_b_proj" in name for name in moved)
@@ -52,13 +49,13 @@ def test_half_precision_is_rounded_once(saved, tmp_path, monkeypatch):
     half = tmp_path / "half"
     half.mkdir()
     save_file(
-        {name: tensor.bfloat16() for name, tensor in tensors(saved / "model").items()}, half / "model.safetensors"
+        {name: tensor.bfloat16() for name, tensor in on_disk(saved / "model").items()}, half / "model.safetensors"
     )
     (half / "config.json").write_text((saved / "model/config.json").read_text())
-    whole = tensors(merge_adapter(half, saved / "adapter", tmp_path / "whole", progress=False))
+    whole = on_disk(merge_adapter(half, saved / "adapter", tmp_path / "whole", progress=False))
     monkeypatch.setattr("conversion.adapters.BLOCK_ELEMENTS", 100)
-    blocks = tensors(merge_adapter(half, saved / "adapter", tmp_path / "blocks", progress=False))
-    before, full, merged = tensors(half), tensors(saved / "model"), tensors(saved / "merged")
+    blocks = on_disk(merge_adapter(half, saved / "adapter", tmp_path / "blocks", progress=False))
+    before, full, merged = on_disk(half), on_disk(saved / "model"), on_disk(saved / "merged")
     for name, tensor in whole.items():
         assert torch.equal(blocks[name], tensor), name
         exact = before[name].double() + (merged[name].double() - full[name].double())
@@ -72,12 +69,12 @@ def test_exported_every_expert_is_named_as_vllm_names_it(saved, tmp_path, capsys
     assert "vLLM ignores the adapters of model.layers.0.self_attn.kv_b_proj" in " ".join(
         capsys.readouterr().out.split()
     )
-    adapter, config = tensors(target), json.loads((target / "adapter_config.json").read_text())
+    adapter, config = on_disk(target), json.loads((target / "adapter_config.json").read_text())
     assert config["r"] == 3 and config["use_rslora"] and config["target_parameters"] is None
     assert {"gate_proj", "up_proj", "down_proj", "q_a_proj"} <= set(config["target_modules"])
     modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in adapter}
     assert not [name for name in modules if name.endswith("experts") or "base_layer" in name]
-    before, merged = tensors(saved / "model"), tensors(saved / "merged")
+    before, merged = on_disk(saved / "model"), on_disk(saved / "merged")
     moved = {name.removesuffix(".weight") for name in merged if not torch.equal(merged[name], before[name])}
     assert modules == moved
     for name in moved:
@@ -105,7 +102,7 @@ def test_one_matrix_alone(tmp_path):
     )
     export_adapter(tmp_path / "one", tmp_path / "out")
     export_adapter(tmp_path / "both", tmp_path / "out2")
-    one, both = tensors(tmp_path / "out"), tensors(tmp_path / "out2")
+    one, both = on_disk(tmp_path / "out"), on_disk(tmp_path / "out2")
     assert {name.split(".")[-3] for name in one} == {"gate_proj", "up_proj"}
     assert all(torch.equal(both[name], tensor) for name, tensor in one.items())
 

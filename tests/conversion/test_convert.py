@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AXK1ForCausalLM
 
 import axk1
@@ -35,6 +35,7 @@ from tests.conversion.megatron_files import (
     models_in,
     reference,
 )
+from tests.folders import assert_same_bits, contents, on_disk
 from tests.random_models import ours, random_config, tiny_chat_config
 from tests.tolerances import MEGATRON
 from trainers.tokenizer import train_tokenizer
@@ -59,22 +60,6 @@ def named(target):
     return "-".join(f"{key[:3]}{value}" if value is not True else "te" for key, value in target.items())
 
 
-def load_folder(folder):
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def assert_same_bits(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), (
-            name
-        )
-
-
 @pytest.mark.parametrize(("layout", "kind"), checkpoints(), ids="-".join)
 def test_logits_are_megatrons(tmp_path, layout, kind):
     convert_to_hf(FIXTURES / layout / kind, tmp_path / "hf", progress=False)
@@ -90,7 +75,7 @@ def test_logits_are_megatrons(tmp_path, layout, kind):
 def test_multi_token_prediction_is_megatrons(tmp_path, kind):
     """The layer behind the last: norms of the next token's embedding and of the hidden state, joined, one block, the head."""
     convert_to_hf(FIXTURES / "mtp_pp2" / kind, tmp_path / "hf", progress=False)
-    tensors, truth = load_folder(tmp_path / "hf"), reference("mtp_pp2")
+    tensors, truth = on_disk(tmp_path / "hf"), reference("mtp_pp2")
     model = AxK1ForCausalLM.from_pretrained(tmp_path / "hf").eval()
     config = model.config
     assert config.num_nextn_predict_layers == 1
@@ -134,10 +119,10 @@ def test_multi_token_prediction_is_megatrons(tmp_path, kind):
 
 def test_layouts_of_one_model_give_the_same_bits(tmp_path):
     folders = [convert_to_hf(FIXTURES / layout / "legacy", tmp_path / layout, progress=False).path for layout in PLAIN]
-    first, *others = [load_folder(folder) for folder in folders]
+    first, *others = [on_disk(folder) for folder in folders]
     for other in others:
         assert_same_bits(first, other)
-    assert_same_bits(first, load_folder(convert_to_hf(SOURCE, tmp_path / "dist", progress=False).path))
+    assert_same_bits(first, on_disk(convert_to_hf(SOURCE, tmp_path / "dist", progress=False).path))
     # And two models are told apart.
     assert len(verify(SOURCE, FIXTURES / "te_tp2_ep2_etp1" / "legacy", progress=False)) > 50
 
@@ -170,8 +155,8 @@ def test_hugging_face_to_megatron_and_back_loses_nothing(tmp_path, target):
     hf = saved_model(tmp_path / "hf", dtype=torch.bfloat16)
     convert_to_megatron(hf, tmp_path / "megatron", progress=False, **target)
     convert_to_hf(tmp_path / "megatron", tmp_path / "back", progress=False)
-    assert_same_bits(load_folder(hf), load_folder(tmp_path / "back"))
-    bias = load_folder(tmp_path / "back")["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert_same_bits(on_disk(hf), on_disk(tmp_path / "back"))
+    bias = on_disk(tmp_path / "back")["model.layers.1.mlp.gate.e_score_correction_bias"]
     assert bias.dtype == torch.float32 and bias.abs().sum() > 0
     before, after = (AxK1Config.from_pretrained(folder).to_dict() for folder in (hf, tmp_path / "back"))
     assert {key for key in before if before[key] != after[key]} <= {"transformers_version"}
@@ -195,7 +180,7 @@ def test_every_variety_of_model(tmp_path, overrides, target):
     hf = saved_model(tmp_path / "hf", **overrides)
     convert_to_megatron(hf, tmp_path / "megatron", progress=False, **target)
     convert_to_hf(tmp_path / "megatron", tmp_path / "back", progress=False)
-    assert_same_bits(load_folder(hf), load_folder(tmp_path / "back"))
+    assert_same_bits(on_disk(hf), on_disk(tmp_path / "back"))
     tokens = torch.randint(0, 67, (1, 9))
     with torch.inference_mode():
         logits = [AxK1ForCausalLM.from_pretrained(folder).eval()(tokens).logits for folder in (hf, tmp_path / "back")]
@@ -224,11 +209,11 @@ def test_what_stock_transformers_loses_is_put_back(tmp_path):
     """Stock saves no norm for the dense layer: ones stand for it, are named, and vLLM loads the result."""
     AXK1ForCausalLM.from_pretrained(saved_model(tmp_path / "hf")).save_pretrained(tmp_path / "stock")
     name = "model.layers.0.post_mlp_layernorm.weight"
-    assert name not in load_folder(tmp_path / "stock")
+    assert name not in on_disk(tmp_path / "stock")
     done = convert_to_megatron(tmp_path / "stock", tmp_path / "megatron", progress=False)
     assert done.added == (name,)
     convert_to_hf(tmp_path / "megatron", tmp_path / "back", progress=False)
-    assert load_folder(tmp_path / "back")[name].eq(1).all()
+    assert on_disk(tmp_path / "back")[name].eq(1).all()
     assert verify(tmp_path / "megatron", tmp_path / "stock", progress=False) == []
 
 
@@ -245,7 +230,7 @@ def test_tokenizer_vocabulary_and_thinking_ids(tmp_path):
         to_hf(tmp_path / "megatron", tmp_path / "back")
     reading = Reading(tokenizer=tmp_path / "tokenizer")
     convert_to_hf(tmp_path / "megatron", tmp_path / "back", reading=reading, progress=False)
-    assert_same_bits(load_folder(tmp_path / "hf"), load_folder(tmp_path / "back"))
+    assert_same_bits(on_disk(tmp_path / "hf"), on_disk(tmp_path / "back"))
     model = AxK1ForCausalLM.from_pretrained(tmp_path / "back")
     assert model.generation_config.think_token_id == tokenizer.convert_tokens_to_ids("<think>")
     assert (tmp_path / "back" / "tokenizer.json").exists()
@@ -255,7 +240,7 @@ def test_tokenizer_vocabulary_and_thinking_ids(tmp_path):
 
 def test_a_tied_head_has_to_be_the_embedding(tmp_path):
     hf = saved_model(tmp_path / "hf", tie_word_embeddings=True)
-    tensors = load_folder(hf)
+    tensors = on_disk(hf)
     head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, hf / "model.safetensors")
     convert_to_megatron(hf, tmp_path / "same", progress=False)
@@ -325,14 +310,14 @@ def test_what_is_no_weights_dtype_is_refused_both_ways(tmp_path, dtype):
     """A norm of whole numbers would be loaded as such, and scale by them."""
     hf = saved_model(tmp_path / "hf")
     name = "model.layers.1.input_layernorm.weight"
-    save_file(load_folder(hf) | {name: torch.ones(56).to(dtype)}, hf / "model.safetensors")
+    save_file(on_disk(hf) | {name: torch.ones(56).to(dtype)}, hf / "model.safetensors")
     with pytest.raises(ValueError, match=rf"Face checkpoint holds {name} \({dtype}\) where the model has weights"):
         to_megatron(hf, tmp_path / "out")
 
 
 def test_verify_finds_one_bit(tmp_path):
     convert_to_hf(SOURCE, tmp_path / "hf", progress=False)
-    tensors = load_folder(tmp_path / "hf")
+    tensors = on_disk(tmp_path / "hf")
     name = "model.layers.3.mlp.experts.5.up_proj.weight"
     tensors[name].view(torch.int32)[7, 7] ^= 1
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
@@ -546,7 +531,7 @@ def test_the_name_of_prediction_layers_is_the_readers(tmp_path):
 
 def test_nan_is_found_on_request(tmp_path):
     hf = saved_model(tmp_path / "hf")
-    tensors = load_folder(hf)
+    tensors = on_disk(hf)
     tensors["model.layers.2.mlp.gate.weight"][1, 1] = torch.nan
     save_file(tensors, hf / "model.safetensors")
     with pytest.raises(ValueError, match="holds NaN in model.layers.2.mlp.gate.weight"):

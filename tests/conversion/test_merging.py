@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AXK1Config
 
 from conversion import merge_checkpoints
 from conversion.merging import BLOCK_ELEMENTS, check_same_tokenizer
+from tests.folders import assert_same_bits, contents, on_disk
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,21 +65,6 @@ def plain_merge(a, b, alpha):
     }
 
 
-def load_folder(folder):
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def assert_same_bits(out, truth):
-    assert out.keys() == truth.keys()
-    for name in truth:
-        assert out[name].dtype == truth[name].dtype and out[name].shape == truth[name].shape, name
-        assert torch.equal(out[name].flatten().view(torch.uint8), truth[name].flatten().view(torch.uint8)), name
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_equals_the_plain_merge_bit_for_bit(tmp_path, dtype, alpha):
@@ -86,19 +72,19 @@ def test_equals_the_plain_merge_bit_for_bit(tmp_path, dtype, alpha):
     folders = save_model(tmp_path / "a", a, shards=3), save_model(tmp_path / "b", b, shards=2)
     out = merge_checkpoints(*folders, tmp_path / "out", alpha=alpha, shard_bytes=40_000, progress=False)
     assert len(list(out.glob("*.safetensors"))) > 1
-    assert_same_bits(load_folder(out), plain_merge(a, b, alpha))
+    assert_same_bits(on_disk(out), plain_merge(a, b, alpha))
 
 
 def test_merge_is_not_vacuous_and_the_weight_is_the_thinking_models(tmp_path):
     folders = [save_model(tmp_path / str(value), {"w": torch.full((4,), float(value))}) for value in (1, 3)]
-    merged = load_folder(merge_checkpoints(*folders, tmp_path / "out", alpha=0.75, progress=False))
+    merged = on_disk(merge_checkpoints(*folders, tmp_path / "out", alpha=0.75, progress=False))
     assert merged["w"].tolist() == [1.5] * 4
 
 
 def test_fp64_is_merged_in_fp64(tmp_path):
     a, b = torch.randn(9, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
     folders = save_model(tmp_path / "a", {"w": a}), save_model(tmp_path / "b", {"w": b})
-    out = load_folder(merge_checkpoints(*folders, tmp_path / "out", alpha=0.8, progress=False))
+    out = on_disk(merge_checkpoints(*folders, tmp_path / "out", alpha=0.8, progress=False))
     assert torch.equal(out["w"], 0.8 * a + (1 - 0.8) * b)
 
 
@@ -133,7 +119,7 @@ def test_every_expert_of_a_stock_model_is_merged_and_stock_reloads_it(tmp_path):
     for seed, folder in enumerate(folders):
         tiny_stock(seed).save_pretrained(folder)
     out = merge_checkpoints(*folders, tmp_path / "out", alpha=0.8, shard_bytes=60_000, progress=False)
-    a, b, merged = map(load_folder, (*folders, out))
+    a, b, merged = map(on_disk, (*folders, out))
     assert sum(".mlp.experts." in name for name in merged) == 2 * 8 * 3
     assert_same_bits(merged, plain_merge(a, b, 0.8))
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)

@@ -15,6 +15,7 @@ from transformers.models.axk1.modeling_axk1 import AXK1ForCausalLM
 
 from conversion.doctor import diagnose
 from modeling_axk1 import AxK1ForCausalLM
+from tests.folders import on_disk
 from tests.random_models import ours, random_config
 
 # A tensor's name, the parameter that holds it, and which part of that parameter it is.
@@ -86,8 +87,7 @@ def vllm_loads(folder: Path) -> list[str]:
     said = json.loads((folder / "config.json").read_text())
     waiting, stops = parameters(said), []
     later = range(said["num_hidden_layers"], said["num_hidden_layers"] + (said["num_nextn_predict_layers"] or 0))
-    tensors = {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
-    for name, tensor in tensors.items():
+    for name, tensor in on_disk(folder).items():
         if any(name.startswith(f"model.layers.{layer}.") for layer in later):
             continue
         parameter, part = place_of(name)

@@ -15,6 +15,7 @@ from transformers.models.axk1.modeling_axk1 import AXK1ForCausalLM
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM, AxK1ForSequenceClassification, AxK1Model, set_thinking_tokens
+from tests.folders import on_disk
 from tests.random_models import ours, padded_ids, random_config
 from tests.ranks import run_on_ranks
 from trainers.tokenizer import train_tokenizer
@@ -26,13 +27,6 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module, but: str | None = None)
     x, y = a.state_dict(), b.state_dict()
     names = {name for name in x.keys() | y.keys() if but is None or but not in name}
     return all(name in x and name in y and torch.equal(x[name], y[name]) for name in names)
-
-
-def on_disk(folder) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for path in Path(folder).glob("*.safetensors"):
-        tensors |= load_file(path)
-    return tensors
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -13,7 +13,8 @@ from conversion.convert import convert_to_hf
 from modeling_axk1 import AxK1ForCausalLM, AxK1ForSequenceClassification, AxK1Model, set_thinking_tokens
 from modeling_axk1 import mtp_axk1 as mtp
 from tests.conversion.megatron_files import FIXTURES, reference
-from tests.modeling_axk1.test_checkpoint import on_disk, same_weights
+from tests.folders import on_disk
+from tests.modeling_axk1.test_checkpoint import same_weights
 from tests.modeling_axk1.test_generation_axk1 import MIXED, QUESTIONS, prompts
 from tests.random_models import ours, padded_ids, random_config, tiny_chat_config
 from tests.tolerances import MEGATRON

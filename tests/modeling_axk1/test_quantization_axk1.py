@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AXK1ForCausalLM, BitsAndBytesConfig, MixtralConfig, Qwen3MoeConfig
 from transformers.distributed import DistributedConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
@@ -33,6 +32,7 @@ from modeling_axk1.quantization_axk1 import (
     quantized_bytes,
     quantized_share,
 )
+from tests.folders import on_disk
 from tests.random_experts import outputs_and_gradients, relative_error
 from tests.random_models import shake
 from tests.tolerances import CACHED_STEP, EXPERTS, PREFILL
@@ -87,16 +87,12 @@ def logits(model, input_ids=None) -> torch.Tensor:
         return model(tokens() if input_ids is None else input_ids).logits
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
 # -- what is stored ------------------------------------------------------------------------------------------------
 @WAYS
 def test_every_matrix_of_every_expert_is_bitsandbytes_own(folder, way):
     import bitsandbytes as bnb
 
-    experts, plain = experts_of(load(folder, way)), tensors(folder)
+    experts, plain = experts_of(load(folder, way)), on_disk(folder)
     assert is_packed(experts) and experts.num_experts == 8
     for number in range(8):
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -117,7 +113,7 @@ def test_expert_weights_are_views_of_fused_experts_and_copies_of_packed_ones(fol
     gate_up, down = expert_weights(fused, 3)
     assert gate_up.data_ptr() == fused.gate_up_proj[3].data_ptr() and down.data_ptr() == fused.down_proj[3].data_ptr()
     assert not is_packed(fused)
-    plain = tensors(folder)
+    plain = on_disk(folder)
     for number in (0, 5):
         gate_up, down = expert_weights(experts_of(nf4), number)
         prefix = f"model.layers.1.mlp.experts.{number}."
@@ -231,9 +227,9 @@ def test_loading_holds_the_result_and_at_most_one_layers_experts(folder, tmp_pat
 def test_the_share_is_printed(folder, capfd):
     model = load(folder)
     share = quantized_share(model)
-    plain = sum(tensor.numel() for tensor in tensors(folder).values())
-    linears = [name for name in tensors(folder) if "proj" in name]
-    assert share == pytest.approx(sum(tensors(folder)[name].numel() for name in linears) / (plain - 8), abs=1e-3)
+    plain = sum(tensor.numel() for tensor in on_disk(folder).values())
+    linears = [name for name in on_disk(folder) if "proj" in name]
+    assert share == pytest.approx(sum(on_disk(folder)[name].numel() for name in linears) / (plain - 8), abs=1e-3)
     assert f"{share:.1%} of the parameters are quantised" in capfd.readouterr().err
 
 
@@ -275,7 +271,7 @@ def test_a_mixture_that_is_mostly_vocabulary_is_warned_of_too(tmp_path, caplog):
 
 def test_a_projection_left_plain_is_frozen_with_the_rest(folder):
     experts = experts_of(load(folder, NF4 | {"llm_int8_skip_modules": ["down_proj", "lm_head"]}))
-    plain = tensors(folder)["model.layers.1.mlp.experts.3.down_proj.weight"]
+    plain = on_disk(folder)["model.layers.1.mlp.experts.3.down_proj.weight"]
     assert is_packed(experts) and torch.equal(expert_weights(experts, 3)[1], plain)
     assert not any(parameter.requires_grad for parameter in experts.parameters())
 
@@ -304,7 +300,7 @@ def test_saved_reloaded_and_dequantised_for_stock(folder, tmp_path, way):
     assert torch.equal(logits(again), expected)
     # And once more: transformers 5.23 cannot save a reloaded model by itself.
     again.save_pretrained(tmp_path / "bits2")
-    first, second = (tensors(tmp_path / name) for name in ("bits", "bits2"))
+    first, second = (on_disk(tmp_path / name) for name in ("bits", "bits2"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
     weights = [expert_weights(experts_of(again), expert) for expert in range(8)]
@@ -314,7 +310,7 @@ def test_saved_reloaded_and_dequantised_for_stock(folder, tmp_path, way):
         assert torch.equal(experts_of(again).gate_up_proj[expert], gate_up)
         assert torch.equal(experts_of(again).down_proj[expert], down)
     again.save_pretrained(tmp_path / "plain")
-    assert tensors(tmp_path / "plain").keys() == tensors(folder).keys()
+    assert on_disk(tmp_path / "plain").keys() == on_disk(folder).keys()
     stock = AXK1ForCausalLM.from_pretrained(tmp_path / "plain")
     assert type(stock).__module__.startswith("transformers.") and "quantization_config" not in stock.config.to_dict()
     if way is not INT8:  # which also rounds the activations
@@ -341,7 +337,7 @@ def test_one_call_does_it_for_any_mixture(kind, config, folder, tmp_path):
     assert torch.equal(logits(again), expected)
     again.dequantize().save_pretrained(tmp_path / "back")
     back = kind.from_pretrained(tmp_path / "back")
-    assert tensors(tmp_path / "back").keys() >= tensors(folder).keys() - {"model.layers.0.post_mlp_layernorm.weight"}
+    assert on_disk(tmp_path / "back").keys() >= on_disk(folder).keys() - {"model.layers.0.post_mlp_layernorm.weight"}
     assert (logits(back) - expected).abs().max() <= PREFILL * max(1, expected.abs().max())
 
 

@@ -14,7 +14,6 @@ from recipes import nano_think_fusion as recipe
 from recipes.nano_problems import draw_problems
 from tests.ranks import forking
 
-ROOT = Path(recipe.__file__).parents[1]
 OPTIONS = ["--scale", "0.004", "--threads", "1"]
 STAGES = ["tokenizer", "base", "reasoning", "instruct", "merged", "fused", "evaluation", "stock"]
 STAGES += ["early", "reinforced"] * recipe.can_reinforce()

@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from modeling_axk1 import AxK1ForCausalLM
 from tests.random_models import tiny_chat_config
+from tests.trainers.questions import WORDS, ask, questions
 from trainers import dapo_gspo
 from trainers.adapters import ParamWrapper, target_names
 from trainers.dapo_gspo import DapoGspoConfig, DapoGspoTrainer, mode_table
@@ -31,7 +32,7 @@ GENERATIONS = 4
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["user assistant 0 1 2 3 4 5 6 7 8 9 right wrong so"], 300)
+    return train_tokenizer([WORDS], 300)
 
 
 def axk1(tokenizer):
@@ -43,14 +44,6 @@ def llama(tokenizer):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=None, bos_token_id=None, **sizes))
-
-
-def questions(count, start=0):
-    return [{"prompt": ask(str(number)), "answer": "right"} for number in range(start, start + count)]
-
-
-def ask(text):
-    return [{"role": "user", "content": text}]
 
 
 def settings(folder, config=DapoGspoConfig, **more):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM, count_flops, count_parameters
-from tests.modeling_axk1.test_checkpoint import on_disk
+from tests.folders import on_disk
 from trainers.fp8 import enable_fp8
 
 pytest.importorskip("torchao", reason="the extra axk1[fp8] is not installed")

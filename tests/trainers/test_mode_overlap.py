@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 
+from tests.trainers.questions import ask
 from trainers.mode_overlap import (
     MESSAGE_FEATURES,
     TEXT_FEATURES,
@@ -17,10 +18,6 @@ from trainers.mode_overlap import (
     to_dataset,
     validate_mode_overlap,
 )
-
-
-def ask(text):
-    return [{"role": "user", "content": text}]
 
 
 def say(text, **more):

@@ -5,21 +5,14 @@ import logging
 import pytest
 from datasets import Dataset
 
+from tests.trainers.questions import WORDS, ask, questions
 from trainers.mode_prompts import PairedSampler, draw_instructions, pair_modes, render_prompt
 from trainers.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["user assistant 0 1 2 3 4 5 6 7 8 9 right wrong so"], 300)
-
-
-def questions(count):
-    return [{"prompt": ask(str(number)), "answer": "right"} for number in range(count)]
-
-
-def ask(text):
-    return [{"role": "user", "content": text}]
+    return train_tokenizer([WORDS], 300)
 
 
 def test_prompts_end_in_the_control_token_of_their_mode(tokenizer):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import axk1
 from modeling_axk1 import AxK1ForCausalLM
+from tests.folders import on_disk
 from tests.random_models import tiny_chat_config
 from tests.ranks import run_on_ranks
 from tests.trainers.test_dapo_gspo import RATIOS, mixed, questions, train
@@ -62,10 +63,6 @@ def command(start, out, *more, judge="tests.trainers.test_rl:odd_length"):
     return ["rl", "--config", str(CONFIGS / "rl_cpu.yaml"), *pairs, *more]
 
 
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
 def test_trains_saves_and_resumes_bit_identical(start, tmp_path, capsys):
     assert axk1.main(command(start, tmp_path / "a")) == 0
     shown = capsys.readouterr().out
@@ -82,7 +79,7 @@ def test_trains_saves_and_resumes_bit_identical(start, tmp_path, capsys):
     written = kept.stat().st_mtime_ns
     assert axk1.main(command(start, tmp_path / "b", "--resume_from_checkpoint", "latest")) == 0
     assert kept.stat().st_mtime_ns == written, "the run began anew"
-    first, second, before = weights(tmp_path / "a"), weights(tmp_path / "b"), weights(start)
+    first, second, before = on_disk(tmp_path / "a"), on_disk(tmp_path / "b"), on_disk(start)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], before[name]) for name in first), "vacuous: nothing was learned"
     assert type(AxK1ForCausalLM.from_pretrained(tmp_path / "a")) is AxK1ForCausalLM
@@ -256,5 +253,5 @@ def test_two_processes_decide_alike_and_learn_what_one_learns(start, tmp_path):
         for name, value in one["weights"].items():
             torch.testing.assert_close(torch.tensor(left["weights"][name]), torch.tensor(value), rtol=1e-5, atol=1e-6)
             assert left["weights"][name] == right["weights"][name], name
-    trained, before = weights(tmp_path / "cli"), weights(start)
+    trained, before = on_disk(tmp_path / "cli"), on_disk(start)
     assert trained.keys() == before.keys() and any(not torch.equal(trained[name], before[name]) for name in before)

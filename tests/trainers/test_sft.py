@@ -12,17 +12,15 @@ from conversion import merge_adapter
 from modeling_axk1 import AxK1ForCausalLM
 from modeling_axk1.quantization_axk1 import is_packed
 from recipes import think_fusion_sft
+from tests.folders import on_disk
 from tests.random_models import tiny_chat_config
+from tests.trainers.questions import ask
 from trainers import sft
 from trainers.adapters import ParamWrapper
 from trainers.mode_overlap import build_mode_overlap, make_row, save_mode_overlap
 from trainers.tokenizer import CHAT_TEMPLATE, train_tokenizer
 
 CONFIGS = Path(think_fusion_sft.__file__).parent / "configs"
-
-
-def ask(text):
-    return [{"role": "user", "content": text}]
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +47,6 @@ def settings(files, out, *more):
     ]  # fmt: skip
 
 
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
 def test_the_cpu_config_trains_resumes_and_shows(files, tmp_path, capsys, caplog):
     trainer = sft.run_sft(settings(files, tmp_path / "straight", "--eval_strategy", "steps", "--eval_steps", "2"))
     assert trainer.args.pairing == "paired" and trainer.state.global_step == 4
@@ -61,8 +55,8 @@ def test_the_cpu_config_trains_resumes_and_shows(files, tmp_path, capsys, caplog
     assert "held-out loss of each mode" in said and "format error on the probe prompts" in said
     page = (tmp_path / "straight/report.html").read_text()
     assert page.count("<svg") == 5 and "http" not in page
-    start = weights(files / "model")
-    truth = weights(tmp_path / "straight")
+    start = on_disk(files / "model")
+    truth = on_disk(tmp_path / "straight")
     assert any(not torch.equal(start[name], truth[name]) for name in start)
 
     # Killed at the fourth step, while it saved: the half checkpoint is passed over, the end is the same.
@@ -73,7 +67,7 @@ def test_the_cpu_config_trains_resumes_and_shows(files, tmp_path, capsys, caplog
     resumed = sft.run_sft(settings(files, tmp_path / "killed"))
     assert "checkpoint-4 has no whole trainer_state.json: its saving was interrupted; passed over." in caplog.text
     assert resumed.state.global_step == 4
-    again = weights(tmp_path / "killed")
+    again = on_disk(tmp_path / "killed")
     assert again.keys() == truth.keys() and all(torch.equal(again[name], truth[name]) for name in truth)
 
 
@@ -105,7 +99,7 @@ def test_qlora_trains_routed_experts_and_merges_into_the_unquantised_model(files
     wrapper = trainer.model.get_submodule("base_model.model.model.layers.1.mlp.experts")
     assert type(wrapper) is ParamWrapper and is_packed(wrapper.get_base_layer())
     merge_adapter(files / "model", tmp_path / "qlora", tmp_path / "merged", progress=False)
-    before, after = weights(files / "model"), weights(tmp_path / "merged")
+    before, after = on_disk(files / "model"), on_disk(tmp_path / "merged")
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert moved == {name for name in before if ".mlp.experts." in name}
 

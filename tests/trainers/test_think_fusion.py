@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
+from tests.trainers.questions import ask
 from trainers import think_fusion
 from trainers.mode_overlap import make_row
 from trainers.think_fusion import (
@@ -212,10 +213,6 @@ def test_loss_sums():
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------
-def ask(text):
-    return [{"role": "user", "content": text}]
-
-
 def many_rows(count=12):
     """Pairs of different lengths, all thinking rows before all direct ones."""
     thinking = [make_row(ask(f"{n} + 1"), "four", "one " * (3 * n + 1)) for n in range(count)]
