@@ -30,12 +30,14 @@ from functools import partial
 
 import pytest
 import yaml
+from datatrove.executor import LocalPipelineExecutor
 from trl import TrlParser
 
 import axk1
 from tests.documents import LAUNCHERS, ROOT, blocks_of, commands_in, session_in
 from tests.ranks import free_port
 from tests.stand_ins import make_stand_ins
+from trainers import curation
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "model_card.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
@@ -66,7 +68,6 @@ NOT_RUN = {
     "vllm": "needs GPUs",
     "axk1 eval MODEL --tasks lm-eval:": "downloads the tasks; tests/trainers/test_harness.py has some of its own",
     "axk1 eval MODEL --tasks paper": "the same",
-    "axk1 curate run recipes/configs/curate.yaml": "reads a crawl; docs/features/data.md runs a recipe like it",
     "python -m recipes.": "minutes; tests/recipes/ runs each at a thousandth",
 }
 if sys.version_info < (3, 11):
@@ -90,6 +91,7 @@ def stand_ins(tmp_path_factory):
 def test_page_runs(page, tmp_path, stand_ins, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr(curation, "LocalPipelineExecutor", in_this_process)
     names = {"__name__": f"docs_{page.stem}"}
     for block in blocks_of(page):
         if block.title:
@@ -102,6 +104,11 @@ def test_page_runs(page, tmp_path, stand_ins, monkeypatch, capsys):
         elif block.language == "shell":
             lay_out(stand_ins, tmp_path)
             run_commands(block.text, monkeypatch, capsys)
+
+
+def in_this_process(**settings) -> LocalPipelineExecutor:
+    """Each worker would import torch at every stage; tests/trainers/test_curation.py runs two."""
+    return LocalPipelineExecutor(**settings | {"workers": 1})
 
 
 def is_run_here(page, code: str) -> bool:
