@@ -34,13 +34,11 @@ from datatrove.executor import LocalPipelineExecutor
 from trl import TrlParser
 
 import axk1
-from tests.documents import LAUNCHERS, ROOT, blocks_of, commands_in, session_in
+from tests.documents import LAUNCHERS, PAGES, ROOT, blocks_of, commands_in, session_in
 from tests.ranks import free_port
 from tests.stand_ins import make_stand_ins
 from trainers import curation
 
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "model_card.md")]
-PAGES += sorted((ROOT / "docs").rglob("*.md"))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 RUN = {"python", "console", "shell"}
 # Languages of blocks that are read, not run; "" is a tree.
@@ -68,7 +66,7 @@ NOT_RUN = {
     "vllm": "needs GPUs",
     "axk1 eval MODEL --tasks lm-eval:": "downloads the tasks; tests/trainers/test_harness.py has some of its own",
     "axk1 eval MODEL --tasks paper": "the same",
-    "python -m recipes.": "minutes; tests/recipes/ runs each at a thousandth",
+    "python -m recipes.": "minutes; tests/recipes/ runs each as it is written, with smaller options behind it",
 }
 if sys.version_info < (3, 11):
     lacking = ("axk1 rl", "axk1 serve", "axk1 curate synthesize made.jsonl --topics", "curl")
@@ -234,9 +232,8 @@ def check_command(words: list[str], titles: set[str]) -> None:
         if module == "axk1":
             check_axk1(words[words.index("-m") + 2 :], titles)
         elif program == "python":
-            assert any(
-                f"{module.split('.')[1]}.main(" in test.read_text() for test in (ROOT / "tests/recipes").glob("*.py")
-            )
+            run = f'{module.split(".")[1]}.main([*arguments_shown("{module}"), '
+            assert any(run in test.read_text() for test in (ROOT / "tests/recipes").glob("*.py")), run
     elif program == "axk1":
         check_axk1(words[1:], titles)
     elif program == "make":
