@@ -65,6 +65,7 @@ def make_stand_ins(folder: Path) -> None:
         write_model(dense, tokenizer, folder / name)
     write_rows(folder)
     write_sources(folder)
+    write_harness_tasks(folder)
     (folder / "recipes").symlink_to(ROOT / "recipes")
 
 
@@ -114,6 +115,14 @@ def write_sources(folder: Path) -> None:
     page = warc_record("response", "text/html; charset=utf-8", f"<p>{licence}".encode(), http=True)
     (folder / "crawl").mkdir()
     (folder / "crawl/one.warc.gz").write_bytes(gzip.compress(page))
+
+
+def write_harness_tasks(folder: Path) -> None:
+    """A problem each for lm-evaluation-harness's own IFEval and AIME25; of NLTK's folder it matters only that it is there."""
+    asked = {"prompt": "Name two numbers without a comma.", "instruction_id_list": ["punctuation:no_comma"]}
+    write_jsonl(folder / "google/IFEval/train.jsonl", [{"key": 1, **asked, "kwargs": [{"num_words": None}]}])
+    write_jsonl(folder / "math-ai/aime25/test.jsonl", [{"id": "0", "problem": "What is 1 + 1?", "answer": "2"}])
+    (folder / "nltk_data/tokenizers/punkt_tab").mkdir(parents=True)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

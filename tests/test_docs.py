@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import doctest
 import importlib
+import importlib.util
 import io
 import os
 import re
@@ -27,6 +28,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import yaml
@@ -61,17 +63,21 @@ SMALLER = {
 }
 # What a command that asks localhost:8000 is answered by.
 SERVED = {"curl": "nano", "axk1": "NAME"}
+HARNESS = "axk1 eval MODEL --tasks lm-eval:"
 # Beginnings of commands that do not run here, and why.
 NOT_RUN = {
     "make": "installs; tests/test_makefile.py runs each target with recorders in the programs' place",
     "vllm": "needs GPUs",
-    "axk1 eval MODEL --tasks lm-eval:": "downloads the tasks; tests/trainers/test_harness.py has some of its own",
-    "axk1 eval MODEL --tasks paper": "the same",
+    "axk1 eval MODEL --tasks paper": "loads dozens of data sets; tests/trainers/test_scorecard.py says that they are there",
     "python -m recipes.": "minutes; tests/recipes/ runs each as it is written, with smaller options behind it",
 }
 if sys.version_info < (3, 11):
     lacking = ("axk1 rl", "axk1 serve", "axk1 curate synthesize made.jsonl --topics", "curl")
     NOT_RUN |= dict.fromkeys(lacking, "Python 3.10 gets a TRL and a transformers without it")
+if not importlib.util.find_spec("langdetect"):
+    NOT_RUN[HARNESS] = "the eval extra is not installed"
+# The folders of the tasks of lm-evaluation-harness that the pages name.
+HARNESS_TASKS = ("aime", "ifeval")
 # The rooms whose docstrings make the reference.
 DOCUMENTED = ("modeling_axk1", "trainers", "conversion", "serving")
 # The module that parses a training command's settings, where it is not named like the command.
@@ -91,6 +97,8 @@ def test_page_runs(page, tmp_path, stand_ins, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO())
     monkeypatch.setattr(curation, "LocalPipelineExecutor", in_this_process)
+    if HARNESS in page.read_text() and HARNESS not in NOT_RUN:
+        narrow_harness(monkeypatch, tmp_path)
     names = {"__name__": f"docs_{page.stem}"}
     for block in blocks_of(page):
         if block.title:
@@ -108,6 +116,21 @@ def test_page_runs(page, tmp_path, stand_ins, monkeypatch, capsys):
 def in_this_process(**settings) -> LocalPipelineExecutor:
     """Each worker would import torch at every stage; tests/trainers/test_curation.py runs two."""
     return LocalPipelineExecutor(**settings | {"workers": 1})
+
+
+def narrow_harness(monkeypatch, folder) -> None:
+    """lm-evaluation-harness reads some of its own tasks, as all take seconds, and no facts of the machine, which takes some more.
+
+    What IFEval would download is there.
+    """
+    from trainers import harness
+
+    tasks = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
+    paths = [str(tasks / name) for name in HARNESS_TASKS]
+    manager = harness.TaskManager
+    monkeypatch.setattr(harness, "TaskManager", lambda include_path: manager(include_path=paths, include_defaults=False))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    monkeypatch.setattr("nltk.data.path", [str(folder / "nltk_data")])
 
 
 def is_run_here(page, code: str) -> bool:
