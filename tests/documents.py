@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "model_card.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 # What begins a command that starts several processes.
 LAUNCHERS = ("torchrun", "accelerate", "sbatch", "recipes/launch/")
 FENCE = re.compile(r"^```(?P<language>\w*)(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -46,6 +48,12 @@ def documented(part: str) -> list[str]:
     shell = [block.text for page in pages for block in blocks_of(page) if block.language == "shell"]
     (words,) = (words for text in shell for words in commands_in(text) if part in " ".join(words))
     return words
+
+
+def arguments_shown(module: str) -> list[str]:
+    """What the documentation's one `python -m MODULE` has behind it."""
+    words = documented(f"python -m {module}")
+    return words[words.index(module) + 1 :]
 
 
 def session_in(text: str) -> list[tuple[list[str], str]]:

@@ -4,6 +4,7 @@ A page writes MODEL, gsm8k.jsonl or runs/nano/fused for what the reader has; in 
 that a command runs as it is written, on one CPU and without a network.
 """
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from conversion import convert_to_megatron
 from modeling_axk1 import AxK1ForCausalLM, set_thinking_tokens
 from tests.documents import ROOT
 from tests.random_models import tiny_chat_config
+from tests.web_archives import warc_record
 from trainers.adapters import lora_config
 from trainers.mode_overlap import build_mode_overlap, make_row, save_mode_overlap
 from trainers.tasks import open_family
@@ -62,6 +64,8 @@ def make_stand_ins(folder: Path) -> None:
     for name in DENSE:
         write_model(dense, tokenizer, folder / name)
     write_rows(folder)
+    write_sources(folder)
+    write_harness_tasks(folder)
     (folder / "recipes").symlink_to(ROOT / "recipes")
 
 
@@ -95,10 +99,30 @@ def write_rows(folder: Path) -> None:
         "topics.txt": "rivers",
         "corpus.txt": TEXT * 30,
         "books/one.txt": TEXT,
-        "src/a/one.py": TEXT,
+        "src/a/one.py": TEXT * 30,
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"{text}\n")
+
+
+def write_sources(folder: Path) -> None:
+    """What recipes/configs/curate.yaml reads. The licence is English that the filters keep; a crawl of one page is there too."""
+    licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    paragraphs = [{"text": text} for text in licence.split("\n\n")]
+    write_jsonl(folder / "data/reviews.jsonl", paragraphs[9:14])
+    write_jsonl(folder / "data/maths.jsonl", paragraphs[14:24])
+    write_jsonl(folder / "data/gsm8k_test.jsonl", [{"question": "How many are one apple and one more?", "answer": "2"}])
+    page = warc_record("response", "text/html; charset=utf-8", f"<p>{licence}".encode(), http=True)
+    (folder / "crawl").mkdir()
+    (folder / "crawl/one.warc.gz").write_bytes(gzip.compress(page))
+
+
+def write_harness_tasks(folder: Path) -> None:
+    """A problem each for lm-evaluation-harness's own IFEval and AIME25; of NLTK's folder it matters only that it is there."""
+    asked = {"prompt": "Name two numbers without a comma.", "instruction_id_list": ["punctuation:no_comma"]}
+    write_jsonl(folder / "google/IFEval/train.jsonl", [{"key": 1, **asked, "kwargs": [{"num_words": None}]}])
+    write_jsonl(folder / "math-ai/aime25/test.jsonl", [{"id": "0", "problem": "What is 1 + 1?", "answer": "2"}])
+    (folder / "nltk_data/tokenizers/punkt_tab").mkdir(parents=True)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import doctest
 import importlib
+import importlib.util
 import io
 import os
 import re
@@ -27,18 +28,20 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import yaml
+from datatrove.executor import LocalPipelineExecutor
 from trl import TrlParser
 
 import axk1
-from tests.documents import LAUNCHERS, ROOT, blocks_of, commands_in, session_in
+from tests.documents import LAUNCHERS, PAGES, ROOT, blocks_of, commands_in, session_in
 from tests.ranks import free_port
 from tests.stand_ins import make_stand_ins
+from tests.test_makefile import TARGETS
+from trainers import curation
 
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "model_card.md")]
-PAGES += sorted((ROOT / "docs").rglob("*.md"))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 RUN = {"python", "console", "shell"}
 # Languages of blocks that are read, not run; "" is a tree.
@@ -60,18 +63,21 @@ SMALLER = {
 }
 # What a command that asks localhost:8000 is answered by.
 SERVED = {"curl": "nano", "axk1": "NAME"}
+HARNESS = "axk1 eval MODEL --tasks lm-eval:"
 # Beginnings of commands that do not run here, and why.
 NOT_RUN = {
-    "make": "installs; .ci/run is `make check` and `make test`, and the tests run what the other targets call",
+    "make": "installs; tests/test_makefile.py runs each target with recorders in the programs' place",
     "vllm": "needs GPUs",
-    "axk1 eval MODEL --tasks lm-eval:": "downloads the tasks; tests/trainers/test_harness.py has some of its own",
-    "axk1 eval MODEL --tasks paper": "the same",
-    "axk1 curate run recipes/configs/curate.yaml": "reads a crawl; docs/features/data.md runs a recipe like it",
-    "python -m recipes.": "minutes; tests/recipes/ runs each at a thousandth",
+    "axk1 eval MODEL --tasks paper": "loads dozens of data sets; tests/trainers/test_scorecard.py says that they are there",
+    "python -m recipes.": "minutes; tests/recipes/ runs each as it is written, with smaller options behind it",
 }
 if sys.version_info < (3, 11):
     lacking = ("axk1 rl", "axk1 serve", "axk1 curate synthesize made.jsonl --topics", "curl")
     NOT_RUN |= dict.fromkeys(lacking, "Python 3.10 gets a TRL and a transformers without it")
+if not importlib.util.find_spec("langdetect"):
+    NOT_RUN[HARNESS] = "the eval extra is not installed"
+# The folders of the tasks of lm-evaluation-harness that the pages name.
+HARNESS_TASKS = ("aime", "ifeval")
 # The rooms whose docstrings make the reference.
 DOCUMENTED = ("modeling_axk1", "trainers", "conversion", "serving")
 # The module that parses a training command's settings, where it is not named like the command.
@@ -90,6 +96,9 @@ def stand_ins(tmp_path_factory):
 def test_page_runs(page, tmp_path, stand_ins, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr(curation, "LocalPipelineExecutor", in_this_process)
+    if HARNESS in page.read_text() and HARNESS not in NOT_RUN:
+        narrow_harness(monkeypatch, tmp_path)
     names = {"__name__": f"docs_{page.stem}"}
     for block in blocks_of(page):
         if block.title:
@@ -102,6 +111,26 @@ def test_page_runs(page, tmp_path, stand_ins, monkeypatch, capsys):
         elif block.language == "shell":
             lay_out(stand_ins, tmp_path)
             run_commands(block.text, monkeypatch, capsys)
+
+
+def in_this_process(**settings) -> LocalPipelineExecutor:
+    """Each worker would import torch at every stage; tests/trainers/test_curation.py runs two."""
+    return LocalPipelineExecutor(**settings | {"workers": 1})
+
+
+def narrow_harness(monkeypatch, folder) -> None:
+    """lm-evaluation-harness reads some of its own tasks, as all take seconds, and no facts of the machine, which takes some more.
+
+    What IFEval would download is there.
+    """
+    from trainers import harness
+
+    tasks = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
+    paths = [str(tasks / name) for name in HARNESS_TASKS]
+    manager = harness.TaskManager
+    monkeypatch.setattr(harness, "TaskManager", lambda include_path: manager(include_path=paths, include_defaults=False))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    monkeypatch.setattr("nltk.data.path", [str(folder / "nltk_data")])
 
 
 def is_run_here(page, code: str) -> bool:
@@ -227,13 +256,12 @@ def check_command(words: list[str], titles: set[str]) -> None:
         if module == "axk1":
             check_axk1(words[words.index("-m") + 2 :], titles)
         elif program == "python":
-            assert any(
-                f"{module.split('.')[1]}.main(" in test.read_text() for test in (ROOT / "tests/recipes").glob("*.py")
-            )
+            run = f'{module.split(".")[1]}.main([*arguments_shown("{module}"), '
+            assert any(run in test.read_text() for test in (ROOT / "tests/recipes").glob("*.py")), run
     elif program == "axk1":
         check_axk1(words[1:], titles)
     elif program == "make":
-        assert f"\n{words[1]}: " in (ROOT / "Makefile").read_text(), words
+        assert words[1] in TARGETS, words
     else:
         assert program in SERVED | NOT_RUN or (ROOT / program).exists(), f"nobody has said how {program} is checked"
 

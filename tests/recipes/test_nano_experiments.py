@@ -8,6 +8,7 @@ import torch
 
 from recipes import nano_cells, nano_data_table, nano_merge_sweep, nano_mod_quality
 from recipes.nano_problems import FAMILIES, draw_problems
+from tests.documents import arguments_shown
 from trainers.mode_overlap import validate_mode_overlap
 
 SCALE = ["--threads", "1", "--scale", "0.002", "--seeds", "3"]
@@ -41,7 +42,7 @@ def test_each_seed_is_measured_on_its_own(tmp_path, monkeypatch):
 
 
 def test_data_table(out, capsys):
-    cells = nano_data_table.main(["--out", str(out), *SCALE])
+    cells = nano_data_table.main([*arguments_shown("recipes.nano_data_table"), "--out", str(out), *SCALE])
     assert list(cells) == ["base", "thinking only", "non-thinking only", "combined, disjoint", "sequential", "paired"]
     assert all(len(of) == 1 for of in cells.values()), "one measurement a seed"
     tables, page = written(out, "data_table")
@@ -50,13 +51,13 @@ def test_data_table(out, capsys):
     names = {path.name for path in (out / "seed-3").iterdir()}
     assert "data-2-paired.measured" in names and not {"data-2-paired", "data-2-sequential.first"} & names
     capsys.readouterr()
-    again = nano_data_table.main(["--out", str(out), *SCALE])
+    again = nano_data_table.main([*arguments_shown("recipes.nano_data_table"), "--out", str(out), *SCALE])
     assert again == cells and "finished earlier" in capsys.readouterr().out
 
 
 def test_merge_sweep(out):
     more = ["--alphas", "0.5", "0.8", "--ratios", "1000:1000"]
-    cells = nano_merge_sweep.main(["--out", str(out), *SCALE, *more])
+    cells = nano_merge_sweep.main([*arguments_shown("recipes.nano_merge_sweep"), "--out", str(out), *SCALE, *more])
     assert set(cells) == {"base", "2:2|facts"} | {
         f"2:2|{a}|{kind}" for a in ("0.5", "0.8") for kind in ("plain", "MOD")
     }
@@ -72,7 +73,7 @@ def test_merge_sweep(out):
 
 
 def test_mod_quality(out):
-    cells = nano_mod_quality.main(["--out", str(out), *SCALE])
+    cells = nano_mod_quality.main([*arguments_shown("recipes.nano_mod_quality"), "--out", str(out), *SCALE])
     assert {"merged", "full", "half the problems", "one family", "10% corrupt", "30% corrupt", "10 pairs"} == set(cells)
     tables, _ = written(out, "mod_quality")
     assert len(tables["All held-out problems"]) == len(cells)

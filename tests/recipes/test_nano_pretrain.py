@@ -15,17 +15,19 @@ from recipes import (
     nano_pretrain_norms,
 )
 from recipes.nano_pretrain_cells import CONTEXT, curve, docstrings, model_config, spikes, surprisals
+from tests.documents import arguments_shown
 from trainers.curriculum import plan_steps, read_curriculum
 
 
 @pytest.fixture(scope="module")
 def gsm8k(tmp_path_factory):
-    path = tmp_path_factory.mktemp("gsm8k") / "train.jsonl"
+    """Where the commands of the documentation find it."""
+    path = tmp_path_factory.mktemp("gsm8k") / "gsm8k_train.jsonl"
     rows = [
         {"question": f"What is {n} plus {n}? " * 8, "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in range(200)
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+    return path.parent
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,8 @@ def out(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(monkeypatch, gsm8k):
+    monkeypatch.chdir(gsm8k)
     monkeypatch.setattr(nano_cells, "DRAWS", 20)
     for module in (nano_pretrain_cells, nano_pretrain_curriculum):
         monkeypatch.setattr(module, "BATCH_ROWS", 2)
@@ -42,21 +45,8 @@ def small(monkeypatch):
     monkeypatch.setattr(nano_pretrain_cells, "HELD_OUT_ROWS", 2)
 
 
-def arguments(out, gsm8k):
-    return [
-        "--out",
-        str(out),
-        "--gsm8k",
-        str(gsm8k),
-        "--files",
-        "25",
-        "--seeds",
-        "3",
-        "--threads",
-        "1",
-        "--tokens",
-        "600",
-    ]
+def smaller(out):
+    return ["--out", str(out), "--files", "25", "--seeds", "3", "--threads", "1", "--tokens", "600"]
 
 
 def tables_of(out, name):
@@ -65,9 +55,9 @@ def tables_of(out, name):
     return json.loads((out / f"{name}.json").read_text())["tables"]
 
 
-def test_norms(out, gsm8k, monkeypatch, capsys):
+def test_norms(out, monkeypatch, capsys):
     monkeypatch.setattr(nano_pretrain_norms, "RATES", (3e-3,))
-    cells = nano_pretrain_norms.main(arguments(out, gsm8k))
+    cells = nano_pretrain_norms.main([*arguments_shown("recipes.nano_pretrain_norms"), *smaller(out)])
     assert list(cells) == ["dual, 0.003", "pre, 0.003"]
     [dual], [pre] = cells.values()
     # One norm weight a sparse layer is all that tells the two apart; they saw the same text.
@@ -77,12 +67,13 @@ def test_norms(out, gsm8k, monkeypatch, capsys):
     [rows] = tables_of(out, "norms").values()
     assert [row["cell"] for row in rows] == list(cells)
     capsys.readouterr()
-    assert nano_pretrain_norms.main(arguments(out, gsm8k)) == cells and "finished earlier" in capsys.readouterr().out
+    again = nano_pretrain_norms.main([*arguments_shown("recipes.nano_pretrain_norms"), *smaller(out)])
+    assert again == cells and "finished earlier" in capsys.readouterr().out
 
 
-def test_granularity(out, gsm8k, monkeypatch):
+def test_granularity(out, monkeypatch):
     monkeypatch.setattr(nano_pretrain_granularity, "GRANULARITIES", (12,))
-    cells = nano_pretrain_granularity.main(arguments(out, gsm8k))
+    cells = nano_pretrain_granularity.main([*arguments_shown("recipes.nano_pretrain_granularity"), *smaller(out)])
     assert len(cells) == 4 and "G 7, 56 experts, unbalanced" in cells
     assert len(tables_of(out, "granularity")["Granularity and expert count"]) == 4
 
@@ -100,8 +91,8 @@ def test_granularities_have_equal_active_flops_and_parameters():
     assert max(each["router"] for each in flops) < 0.05 * flops[0]["total"]
 
 
-def test_curriculum(out, gsm8k):
-    cells = nano_pretrain_curriculum.main(arguments(out, gsm8k))
+def test_curriculum(out):
+    cells = nano_pretrain_curriculum.main([*arguments_shown("recipes.nano_pretrain_curriculum"), *smaller(out)])
     assert list(cells) == ["report", "reverse", "mixed"]
     [rows] = tables_of(out, "curriculum").values()
     assert "held-out loss, maths" in rows[0]

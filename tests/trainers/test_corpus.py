@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tests.web_archives import warc_record
 from trainers.corpus import files_of, format_of, read_documents, read_records, text_of_html
 
 
@@ -143,18 +144,6 @@ def test_damaged_pages_of_parquet_are_counted():
     content = bytearray(buffer.getvalue())
     content[4:400] = b"\xff" * 396
     assert read(bytes(content), "parquet")[1] == {"broken Parquet": 1}
-
-
-def warc_record(kind: str, content_type: str, body: bytes, http: bool) -> bytes:
-    payload = body
-    if http:
-        payload = b"HTTP/1.1 200 OK\r\nContent-Type: " + content_type.encode() + b"\r\n\r\n" + body
-    outer = "application/http; msgtype=response" if http else content_type
-    head = (
-        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Record-ID: <urn:uuid:1>\r\nWARC-Target-URI: http://example.org/\r\n"
-        f"WARC-Date: 2026-01-01T00:00:00Z\r\nContent-Type: {outer}\r\nContent-Length: {len(payload)}\r\n\r\n"
-    )
-    return head.encode() + payload + b"\r\n\r\n"
 
 
 def test_warc():
