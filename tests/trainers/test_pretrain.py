@@ -331,6 +331,12 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
     assert sound_checkpoint(tmp_path, None) is None and sound_checkpoint(tmp_path / "none", "latest") is None
 
 
+def test_a_checkpoint_kept_under_a_name_of_ones_own_is_none_of_the_runs(tmp_path):
+    for name in ("checkpoint-5", "checkpoint-10", "checkpoint-5-good", "checkpoint-10.bak", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-5", "checkpoint-10"]
+
+
 def test_checksums_are_written_when_what_they_vouch_for_is_on_the_disk(tmp_path, monkeypatch):
     (tmp_path / "inner").mkdir()
     for name in ("a.bin", "inner/b.bin"):
