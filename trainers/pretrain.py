@@ -30,7 +30,7 @@ from trainers.balance import BalanceCallback
 from trainers.curriculum import Curriculum, Step, plan_steps
 from trainers.muon import MuonAdamW
 from trainers.packing import Batches, Packer
-from trainers.safeguards import FEWEST_LOSSES, SpikeDetector, StopRequest, checkpoints_in, seal, sound_checkpoint
+from trainers.safeguards import FEWEST_LOSSES, SpikeDetector, StopRequest, checkpoints_in, seal, sound_checkpoint, step_of
 from trainers.schedules import bias_rate
 from trainers.token_store import Source
 
@@ -233,10 +233,21 @@ class PretrainTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """As Trainer's, from `resume_from_checkpoint` (`latest` or a folder), until the plan or SIGTERM ends it."""
         folder = sound_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        if resume_from_checkpoint != "latest":
+            self._refuse_later_checkpoints(0 if folder is None else step_of(folder))
         if folder is not None:
             self._load_state(json.loads((folder / STATE_FILE).read_text()))
         with self._stop:
             return super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
+
+    def _refuse_later_checkpoints(self, step: int) -> None:
+        """They are another run's, and `latest` would take them for this one's."""
+        later = [path.name for path in checkpoints_in(Path(self.args.output_dir)) if step_of(path) > step]
+        if later:
+            raise ValueError(
+                f"{self.args.output_dir} holds {later[-1]} and this run begins at step {step}: what it saves would be mixed with "
+                "another's; remove the later checkpoints, or give another output_dir."
+            )
 
     def _run_epoch(self, *args, **kwargs):
         # Resumed where it had ended there is nothing left to read, which Trainer would warn of.
@@ -365,7 +376,9 @@ class PretrainTrainer(Trainer):
             shutil.rmtree(out / name, ignore_errors=True)
             os.replace(whole, out / name)
             (out / UNFINISHED).rmdir()
-            for old in checkpoints_in(out)[: -self.args.save_total_limit] if self.args.save_total_limit else ():
+            # Later ones are damaged, passed over when this run began, and stay until it gets there.
+            mine = [path for path in checkpoints_in(out) if step_of(path) <= self.state.global_step]
+            for old in mine[: -self.args.save_total_limit] if self.args.save_total_limit else ():
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 

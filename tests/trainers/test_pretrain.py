@@ -365,6 +365,23 @@ def test_a_checkpoint_is_named_when_it_is_sealed_and_only_then_does_the_one_befo
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4"]
 
 
+@pytest.mark.parametrize("begin", [None, "checkpoint-5"])
+def test_a_run_that_begins_before_saved_steps_of_another_is_refused(tmp_path, begin):
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        seal(tmp_path / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match=f"holds checkpoint-10 and this run begins at step {5 if begin else 0}: what it saves"):
+        trainer_of(tmp_path).train(begin and str(tmp_path / begin))
+
+
+def test_a_damaged_later_checkpoint_does_not_cost_what_is_saved_before_it(tmp_path):
+    (tmp_path / "checkpoint-10").mkdir()
+    trainer = trainer_of(tmp_path, save_steps=2, save_total_limit=1)
+    trainer.add_callback(At(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    trainer.train("latest")
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
+
+
 def test_another_plan_does_not_go_on_from_this_checkpoint(straight):
     _, out = straight
     table = json.loads(json.dumps(STAGES))
