@@ -30,7 +30,15 @@ from trainers.balance import BalanceCallback
 from trainers.curriculum import Curriculum, Step, plan_steps
 from trainers.muon import MuonAdamW
 from trainers.packing import Batches, Packer
-from trainers.safeguards import FEWEST_LOSSES, SpikeDetector, StopRequest, checkpoints_in, seal, sound_checkpoint, step_of
+from trainers.safeguards import (
+    FEWEST_LOSSES,
+    SpikeDetector,
+    StopRequest,
+    checkpoints_in,
+    seal,
+    sound_checkpoint,
+    step_of,
+)
 from trainers.schedules import bias_rate
 from trainers.token_store import Source
 
@@ -175,8 +183,9 @@ class PretrainTrainer(Trainer):
             )
         self.curriculum = curriculum
         # Before the steps: it refuses what the data cannot last for, which would be laid out for minutes.
-        self.packer = Packer(curriculum, sources, args.seed)
-        self.steps = list(plan_steps(curriculum, args.gradient_accumulation_steps * args.world_size))
+        row_multiple = args.gradient_accumulation_steps * args.world_size
+        self.packer = Packer(curriculum, sources, args.seed, row_multiple)
+        self.steps = list(plan_steps(curriculum, row_multiple))
         args.max_steps = len(self.steps)
         self.batches = Batches(
             self.packer,
