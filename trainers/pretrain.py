@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -375,6 +376,12 @@ class PretrainTrainer(Trainer):
         self._run_dir = str(out / UNFINISHED)
         try:
             super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:
+            # What torch and safetensors make of a full disk.
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} could not be written to {out} ({error}); make room there, and "
+                "the same command goes on from the one before."
+            ) from error
         finally:
             self._run_dir = None
         self.accelerator.wait_for_everyone()

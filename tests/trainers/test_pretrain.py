@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -380,6 +381,22 @@ def test_a_damaged_later_checkpoint_does_not_cost_what_is_saved_before_it(tmp_pa
     trainer.add_callback(At(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     trainer.train("latest")
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
+
+
+@pytest.mark.parametrize("room", [0.5, 1.2], ids=["no weights", "no optimizer"])
+def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(straight, tmp_path, room):
+    weights_bytes = (straight[1] / "checkpoint-12/model.safetensors").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = trainer_of(tmp_path, save_steps=2)
+    trainer.add_callback(
+        At(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (int(room * weights_bytes), before[1])))
+    )
+    try:
+        with pytest.raises(OSError, match="The checkpoint of step 4 could not be written to .*make room there"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sound_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-2"
 
 
 def test_another_plan_does_not_go_on_from_this_checkpoint(straight):
