@@ -23,8 +23,16 @@ from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+from modeling_axk1.configuration_axk1 import AxK1Config
 from modeling_axk1.modeling_axk1 import AxK1Attention, AxK1RotaryEmbedding, yarn_softmax_scale
 from trainers import tables
 from trainers.balance import BalanceCallback
@@ -65,6 +73,12 @@ RANGES = {
 }
 # Settings that an optimizer's saved state brings along: a run that goes on with others would not get them.
 OF_THE_STATE = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "muon_momentum")
+# Of a model's config what a run that goes on may change, or changes itself; with any other field it would be another model.
+MAY_CHANGE = {
+    "attention_dropout", "fused_linear_loss", "initializer_range", "max_position_embeddings", "mtp_loss_weight",
+    "output_router_logits", "pretraining_tp", "router_aux_loss_coef", "use_cache",
+    "pad_token_id", "bos_token_id", "eos_token_id",
+}  # fmt: skip
 # TrainingArguments' own settings of what the stages say.
 PLANNED = (
     "max_steps",
@@ -209,6 +223,8 @@ class PretrainTrainer(Trainer):
         self._run_dir: str | None = None
         self._stop = StopRequest()
         self.balance = BalanceCallback(model, self._balance_rate)
+        # Before the first level's RoPE is set.
+        self._architecture = architecture(model.config)
         check_ropes(model, curriculum)
         set_context(model, rope_at(curriculum, self.steps[0]), longest_context(curriculum))
         self.add_callback(self.balance)
@@ -416,6 +432,7 @@ class PretrainTrainer(Trainer):
             "optimizer": self.args.optimizer,
             "optimizer_settings": self._optimizer_settings(),
             "plan": self.plan_mark(),
+            "model": self._architecture,
             "step": self.state.global_step,
             "data": self.packer.state(),
             "balance": self.balance.state(),
@@ -432,6 +449,13 @@ class PretrainTrainer(Trainer):
                 f"The checkpoint in {self.args.output_dir} belongs to another plan of stages, batches or ranks; go on with "
                 "that one, or give another output_dir."
             )
+        model = self._architecture
+        for name, before in state.get("model", model).items():
+            if model[name] != before:
+                raise ValueError(
+                    f"The checkpoint in {self.args.output_dir} is of a model with {name}={before} and this run's has "
+                    f"{model[name]}; go on with that one, or give another output_dir."
+                )
         if state["optimizer"] != self.args.optimizer:
             raise ValueError(
                 f"The checkpoint in {self.args.output_dir} was trained with optimizer={state['optimizer']} and this run has "
@@ -456,12 +480,19 @@ class PretrainTrainer(Trainer):
 
     def plan_mark(self) -> str:
         """Changes with every step of the plan; not with the number of ranks that share a step."""
-        digest = hashlib.sha256(
-            repr([(s.name, sorted(s.mixture.items()), s.order) for s in self.curriculum.stages]).encode()
-        )
+        stages = self.curriculum.stages
+        digest = hashlib.sha256(repr([(s.name, sorted(s.mixture.items()), s.order) for s in stages]).encode())
+        ropes = [[level.rope and sorted(level.rope.items()) for level in s.context] for s in stages]
+        digest.update(repr(ropes).encode() if any(map(any, ropes)) else b"")
         for step in self.steps:
             digest.update(repr(tuple(vars(step).values())).encode())
         return digest.hexdigest()[:16]
+
+
+def architecture(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields that make the model what it is, as JSON gives them back."""
+    fields = AxK1Config.__annotations__.keys() - MAY_CHANGE
+    return json.loads(json.dumps({name: getattr(config, name) for name in sorted(fields)}))
 
 
 # -- context ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from modeling_axk1 import AxK1ForCausalLM
+from modeling_axk1 import AxK1Config, AxK1ForCausalLM
 from modeling_axk1.modeling_axk1 import AxK1TopkRouter
 from tests.random_models import tiny_chat_config
 from tests.ranks import run_on_ranks
@@ -36,6 +36,7 @@ STAGES = {
     ],
 }  # fmt: skip
 STEPS = 12
+model_config = tiny_chat_config
 
 
 def text(documents, seed):
@@ -49,7 +50,7 @@ def text(documents, seed):
 
 def trainer_of(out, table=STAGES, **changes):
     torch.manual_seed(0)
-    model = AxK1ForCausalLM(tiny_chat_config(32))
+    model = AxK1ForCausalLM(model_config(32))
     settings = {
         "use_cpu": True,
         "bf16": False,
@@ -405,6 +406,28 @@ def test_another_plan_does_not_go_on_from_this_checkpoint(straight):
     table["stages"][1]["tokens"] = 128
     with pytest.raises(ValueError, match="belongs to another plan"):
         trainer_of(out, table).train("latest")
+
+
+def test_another_rope_is_another_plan(straight):
+    _, out = straight
+    table = json.loads(json.dumps(STAGES))
+    table["stages"][1]["context"][1]["rope"]["factor"] = 4.0
+    with pytest.raises(ValueError, match="belongs to another plan"):
+        trainer_of(out, table).train("latest")
+
+
+# The first has another shape, the others would be trained on as if nothing were.
+@pytest.mark.parametrize(
+    ("name", "value"), [("n_routed_experts", 8), ("post_mlp_norm", False), ("routed_scaling_factor", 1.5), ("rms_norm_eps", 1e-3)]
+)
+def test_another_model_does_not_go_on_from_this_checkpoint(straight, monkeypatch, name, value):
+    def other(vocab_size):
+        return AxK1Config(**{**tiny_chat_config(vocab_size).to_dict(), name: value})
+
+    _, out = straight
+    monkeypatch.setitem(globals(), "model_config", other)
+    with pytest.raises(ValueError, match=f"is of a model with {name}=.* and this run's has {value}; go on with that one"):
+        trainer_of(out).train("latest")
 
 
 def test_another_optimizer_does_not_go_on_from_this_checkpoint(straight):
