@@ -83,6 +83,14 @@ def test_preparing_is_done_once_and_again_for_other_files(tmp_path, tokenizer):
     assert not (tmp_path / "cache/web-0.unfinished").exists()
 
 
+def test_domains_whose_names_differ_in_signs_alone_are_kept_apart(tmp_path, tokenizer):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(line("one", domain="c#") + line("two two", domain="c+") + line("x", domain="c+"))
+    for names in (("c#", "c+"), ("c+", "c#")):
+        sources = prepare(tmp_path / "cache", tokenizer, dict.fromkeys(names, ()), shared=[str(file)])
+        assert {name: len(source) for name, source in sources.items()} == {"c#": 1, "c+": 2}
+
+
 def test_control_tokens_in_a_text_are_its_characters(tmp_path, tokenizer):
     file = tmp_path / "a.jsonl"
     text = f"one {' '.join(SPECIAL_TOKENS)} two {' '.join(CONTROL_TOKENS)}"
