@@ -164,6 +164,11 @@ class PretrainConfig(TrainingArguments):
             raise ValueError(f"{self.n_gpu} GPUs and one process; start one process a GPU, with torchrun.")
         if self.load_best_model_at_end:
             raise ValueError("load_best_model_at_end would undo the later stages; leave it off.")
+        if self.save_only_model:
+            raise ValueError(
+                "save_only_model leaves optimizer and schedule out of checkpoints: what goes on from one would warm up again; "
+                "leave it off."
+            )
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} would leave out the balance and the "

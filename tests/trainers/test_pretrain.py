@@ -482,6 +482,8 @@ def test_settings_that_cannot_be_are_refused(tmp_path):
         PretrainConfig(output_dir=str(tmp_path), use_cpu=True, optim="adamw_bnb_8bit", optimizer="muon")
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would leave out the balance and"):
         PretrainConfig(output_dir=str(tmp_path), use_cpu=True, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="save_only_model leaves optimizer and schedule out of checkpoints"):
+        PretrainConfig(output_dir=str(tmp_path), use_cpu=True, save_only_model=True)
     for name, value in (("max_steps", 10), ("warmup_steps", 5), ("lr_scheduler_type", "cosine")):
         with pytest.raises(ValueError, match=f"{name}={value} is the plan's to decide; use --scale"):
             PretrainConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
