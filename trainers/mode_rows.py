@@ -14,6 +14,24 @@ from trainers.tokenizer import END_THINK, THINK
 THINKING, NON_THINKING, NO_MODE = 1, 0, -1
 
 
+def refuse_conversations(dataset: Dataset, name: str) -> None:
+    """ValueError for whole conversations: TRL would train them without modes, control tokens included."""
+    if "prompt" not in dataset.column_names and "messages" in dataset.column_names:
+        raise ValueError(
+            f"The {name} rows are conversations in a column messages, which do not say their mode; make rows of prompt and "
+            "completion with trainers.mode_overlap.make_row."
+        )
+
+
+def require_completions(dataset: Dataset, name: str) -> None:
+    """ValueError for a row whose completion is missing or empty, which TRL fails on without naming it."""
+    empty = [row for row, completion in enumerate(dataset["completion"]) if not completion]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of {len(dataset)} {name} rows, e.g. row {empty[0]}, have no completion; mend them, or leave them out."
+        )
+
+
 def require_modes(dataset: Dataset, name: str) -> Dataset:
     """ValueError if a row of messages does not say its mode (TRL fails on it with a TypeError, or trains it as direct)."""
     if isinstance(dataset[0]["prompt"], str):

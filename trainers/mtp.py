@@ -31,8 +31,9 @@ class MTPCallback(TrainerCallback):
                     "MTPCallback out."
                 )
             if module.training and output.mtp_loss is not None:
-                # Where the batch's size is known the micro-batches' losses are shares of one sum, else means.
-                shares = 1 if kwargs_.get("num_items_in_batch") is not None else args.gradient_accumulation_steps
+                # Where the batch's size is known, over all ranks, the losses are shares of one sum, else means.
+                ranks = args.world_size if args.average_tokens_across_devices else 1
+                shares = 1 / ranks if kwargs_.get("num_items_in_batch") is not None else args.gradient_accumulation_steps
                 self.total = self.total + output.mtp_loss / shares
 
         self.hook = model.register_forward_hook(add, with_kwargs=True)

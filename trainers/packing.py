@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainers.curriculum import Curriculum, Step
+from trainers.curriculum import Curriculum, Step, level_tokens
 from trainers.token_store import Source
 
 IGNORED = -100
@@ -87,12 +87,12 @@ class Packer:
     Counts tokens of each source by stage (`consumed`) and passes over it.
     """
 
-    def __init__(self, curriculum: Curriculum, sources: Mapping[str, Source], seed: int = 0):
+    def __init__(self, curriculum: Curriculum, sources: Mapping[str, Source], seed: int = 0, row_multiple: int = 1):
         self.curriculum, self.seed = curriculum, seed
         self.readers = {name: Reader(source, seed + place) for place, (name, source) in enumerate(sources.items())}
         self.stage = -1
         self.consumed: list[dict[str, int]] = []
-        check_supply(curriculum, sources)
+        check_supply(curriculum, sources, row_multiple)
 
     def batch(self, step: Step) -> dict[str, Tensor]:
         """input_ids, position_ids, labels [R, S] int64. Labels are not shifted: the model does that."""
@@ -175,11 +175,16 @@ def neediest(mixture: Mapping[str, float], consumed: Mapping[str, int]) -> str:
     return max(wanted, key=lambda name: mixture[name] * total - consumed[name])
 
 
-def check_supply(curriculum: Curriculum, sources: Mapping[str, Source]) -> None:
-    """ValueError for a stage longer than its data without `repeat`, and for an order by difficulty that the data do not tell."""
+def check_supply(curriculum: Curriculum, sources: Mapping[str, Source], row_multiple: int = 1) -> None:
+    """ValueError for a stage longer than its data without `repeat`, and for an order by difficulty that the data do not tell.
+
+    `row_multiple` as `plan_steps` has it: whole groups of rows may be more tokens than the stage asks for.
+    """
     left = {name: len(source.tokens) for name, source in sources.items()}
+    overshot = dict.fromkeys(sources, 0)
     for stage in curriculum.stages:
         longest = max(level.length for level in stage.context)
+        tokens = sum(level_tokens(stage, row_multiple))
         for name, share in stage.mixture.items():
             if name not in sources:
                 raise ValueError(
@@ -191,15 +196,16 @@ def check_supply(curriculum: Curriculum, sources: Mapping[str, Source]) -> None:
                     f"Stage {stage.name!r} goes by difficulty and {unknown:,} documents of {name!r} have no difficulty; "
                     "let curation score them, or set order: shuffled."
                 )
-            # Turns between sources overshoot a share by less than a row.
-            needed = share * stage.tokens + (longest if share else 0)
+            # Turns between sources overshoot a share by less than a row, in each stage.
+            needed = share * tokens + (longest + overshot[name] if share else 0)
             if needed > left[name] and not stage.repeat:
                 raise ValueError(
                     f"Stage {stage.name!r} needs about {needed:,.0f} tokens of {name!r} and {left[name]:,} are left; set repeat: "
                     "true, shorten it, or add documents."
                 )
-            unread = left[name] - round(share * stage.tokens)
+            unread = left[name] - round(share * tokens)
             left[name] = unread % len(sources[name].tokens) if stage.repeat else max(unread, 0)
+            overshot[name] += longest if 0 < share < 1 else 0
 
 
 class Batches(torch.utils.data.IterableDataset):

@@ -18,19 +18,36 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+from modeling_axk1.configuration_axk1 import AxK1Config
 from modeling_axk1.modeling_axk1 import AxK1Attention, AxK1RotaryEmbedding, yarn_softmax_scale
 from trainers import tables
 from trainers.balance import BalanceCallback
 from trainers.curriculum import Curriculum, Step, plan_steps
 from trainers.muon import MuonAdamW
 from trainers.packing import Batches, Packer
-from trainers.safeguards import FEWEST_LOSSES, SpikeDetector, StopRequest, checkpoints_in, seal, sound_checkpoint
+from trainers.safeguards import (
+    FEWEST_LOSSES,
+    SpikeDetector,
+    StopRequest,
+    checkpoints_in,
+    seal,
+    sound_checkpoint,
+    step_of,
+)
 from trainers.schedules import bias_rate
 from trainers.token_store import Source
 
@@ -56,6 +73,12 @@ RANGES = {
 }
 # Settings that an optimizer's saved state brings along: a run that goes on with others would not get them.
 OF_THE_STATE = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "muon_momentum")
+# Of a model's config what a run that goes on may change, or changes itself; with any other field it would be another model.
+MAY_CHANGE = {
+    "attention_dropout", "fused_linear_loss", "initializer_range", "max_position_embeddings", "mtp_loss_weight",
+    "output_router_logits", "pretraining_tp", "router_aux_loss_coef", "use_cache",
+    "pad_token_id", "bos_token_id", "eos_token_id",
+}  # fmt: skip
 # TrainingArguments' own settings of what the stages say.
 PLANNED = (
     "max_steps",
@@ -141,6 +164,11 @@ class PretrainConfig(TrainingArguments):
             raise ValueError(f"{self.n_gpu} GPUs and one process; start one process a GPU, with torchrun.")
         if self.load_best_model_at_end:
             raise ValueError("load_best_model_at_end would undo the later stages; leave it off.")
+        if self.save_only_model:
+            raise ValueError(
+                "save_only_model leaves optimizer and schedule out of checkpoints: what goes on from one would warm up again; "
+                "leave it off."
+            )
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} would leave out the balance and the "
@@ -175,8 +203,9 @@ class PretrainTrainer(Trainer):
             )
         self.curriculum = curriculum
         # Before the steps: it refuses what the data cannot last for, which would be laid out for minutes.
-        self.packer = Packer(curriculum, sources, args.seed)
-        self.steps = list(plan_steps(curriculum, args.gradient_accumulation_steps * args.world_size))
+        row_multiple = args.gradient_accumulation_steps * args.world_size
+        self.packer = Packer(curriculum, sources, args.seed, row_multiple)
+        self.steps = list(plan_steps(curriculum, row_multiple))
         args.max_steps = len(self.steps)
         self.batches = Batches(
             self.packer,
@@ -199,6 +228,8 @@ class PretrainTrainer(Trainer):
         self._run_dir: str | None = None
         self._stop = StopRequest()
         self.balance = BalanceCallback(model, self._balance_rate)
+        # Before the first level's RoPE is set.
+        self._architecture = architecture(model.config)
         check_ropes(model, curriculum)
         set_context(model, rope_at(curriculum, self.steps[0]), longest_context(curriculum))
         self.add_callback(self.balance)
@@ -233,10 +264,21 @@ class PretrainTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """As Trainer's, from `resume_from_checkpoint` (`latest` or a folder), until the plan or SIGTERM ends it."""
         folder = sound_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        if resume_from_checkpoint != "latest":
+            self._refuse_later_checkpoints(0 if folder is None else step_of(folder))
         if folder is not None:
             self._load_state(json.loads((folder / STATE_FILE).read_text()))
         with self._stop:
             return super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
+
+    def _refuse_later_checkpoints(self, step: int) -> None:
+        """They are another run's, and `latest` would take them for this one's."""
+        later = [path.name for path in checkpoints_in(Path(self.args.output_dir)) if step_of(path) > step]
+        if later:
+            raise ValueError(
+                f"{self.args.output_dir} holds {later[-1]} and this run begins at step {step}: what it saves would be mixed with "
+                "another's; remove the later checkpoints, or give another output_dir."
+            )
 
     def _run_epoch(self, *args, **kwargs):
         # Resumed where it had ended there is nothing left to read, which Trainer would warn of.
@@ -355,6 +397,12 @@ class PretrainTrainer(Trainer):
         self._run_dir = str(out / UNFINISHED)
         try:
             super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:
+            # What torch and safetensors make of a full disk.
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} could not be written to {out} ({error}); make room there, and "
+                "the same command goes on from the one before."
+            ) from error
         finally:
             self._run_dir = None
         self.accelerator.wait_for_everyone()
@@ -365,7 +413,9 @@ class PretrainTrainer(Trainer):
             shutil.rmtree(out / name, ignore_errors=True)
             os.replace(whole, out / name)
             (out / UNFINISHED).rmdir()
-            for old in checkpoints_in(out)[: -self.args.save_total_limit] if self.args.save_total_limit else ():
+            # Later ones are damaged, passed over when this run began, and stay until it gets there.
+            mine = [path for path in checkpoints_in(out) if step_of(path) <= self.state.global_step]
+            for old in mine[: -self.args.save_total_limit] if self.args.save_total_limit else ():
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
@@ -387,6 +437,7 @@ class PretrainTrainer(Trainer):
             "optimizer": self.args.optimizer,
             "optimizer_settings": self._optimizer_settings(),
             "plan": self.plan_mark(),
+            "model": self._architecture,
             "step": self.state.global_step,
             "data": self.packer.state(),
             "balance": self.balance.state(),
@@ -403,6 +454,13 @@ class PretrainTrainer(Trainer):
                 f"The checkpoint in {self.args.output_dir} belongs to another plan of stages, batches or ranks; go on with "
                 "that one, or give another output_dir."
             )
+        model = self._architecture
+        for name, before in state.get("model", model).items():
+            if model[name] != before:
+                raise ValueError(
+                    f"The checkpoint in {self.args.output_dir} is of a model with {name}={before} and this run's has "
+                    f"{model[name]}; go on with that one, or give another output_dir."
+                )
         if state["optimizer"] != self.args.optimizer:
             raise ValueError(
                 f"The checkpoint in {self.args.output_dir} was trained with optimizer={state['optimizer']} and this run has "
@@ -427,12 +485,19 @@ class PretrainTrainer(Trainer):
 
     def plan_mark(self) -> str:
         """Changes with every step of the plan; not with the number of ranks that share a step."""
-        digest = hashlib.sha256(
-            repr([(s.name, sorted(s.mixture.items()), s.order) for s in self.curriculum.stages]).encode()
-        )
+        stages = self.curriculum.stages
+        digest = hashlib.sha256(repr([(s.name, sorted(s.mixture.items()), s.order) for s in stages]).encode())
+        ropes = [[level.rope and sorted(level.rope.items()) for level in s.context] for s in stages]
+        digest.update(repr(ropes).encode() if any(map(any, ropes)) else b"")
         for step in self.steps:
             digest.update(repr(tuple(vars(step).values())).encode())
         return digest.hexdigest()[:16]
+
+
+def architecture(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields that make the model what it is, as JSON gives them back."""
+    fields = AxK1Config.__annotations__.keys() - MAY_CHANGE
+    return json.loads(json.dumps({name: getattr(config, name) for name in sorted(fields)}))
 
 
 # -- context ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import statistics
 from collections import deque
@@ -98,9 +99,14 @@ def damage(folder: Path) -> str:
     return ""
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(folder.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    """Oldest first; not what someone named beside them, such as checkpoint-500-good."""
+    named = (path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name))
+    return sorted(named, key=step_of)
 
 
 def sound_checkpoint(output_dir: str | Path, asked: str | None) -> Path | None:

@@ -29,6 +29,8 @@ from trainers.mode_rows import (
     check_control_tokens,
     describe_row,
     leave_out_overlong,
+    refuse_conversations,
+    require_completions,
     require_modes,
     warn_of_lone_prompts,
     warn_of_unknown_tags,
@@ -186,8 +188,10 @@ class ThinkFusionTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if isinstance(dataset, IterableDataset):
             raise ValueError("A streamed dataset can be neither counted nor paired; load it without streaming.")
+        refuse_conversations(dataset, dataset_name)
         if "input_ids" in dataset.column_names or "prompt" not in dataset.column_names:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        require_completions(dataset, dataset_name)
         warn_of_unknown_tags(dataset, dataset_name)
         dataset = apply_history_policy(require_modes(dataset, dataset_name), args.history_thoughts)
         # TRL would cut long rows and drop some without a word: it gets no limit, and `leave_out_overlong` counts.

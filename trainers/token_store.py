@@ -183,14 +183,21 @@ def prepare(
 def made(folder: Path, tokenizer, names: Sequence[str], files: Sequence[Path], by_domain: bool) -> dict[str, Source]:
     """These sources of these files: opened if they are there already, else written first."""
     mark = fingerprint(tokenizer, files, names)
-    targets = {name: folder / f"{slug(name)}-{mark}" for name in names}
+    targets = {name: folder / f"{place}-{mark}" for name, place in slugs_of(names).items()}
     if not all(target.is_dir() for target in targets.values()):
         write_sources(targets, files, tokenizer, by_domain)
     return {name: open_source(name, target) for name, target in targets.items()}
 
 
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)
+def slugs_of(names: Sequence[str]) -> dict[str, str]:
+    """What each may be called on a disk; those that differ in signs alone, as c# and c+ do, are numbered."""
+    slugs: dict[str, str] = {}
+    taken: Counter = Counter()
+    for name in sorted(names):
+        slug = "".join(c if c.isalnum() else "_" for c in name)
+        slugs[name] = f"{slug}~{taken[slug]}" if taken[slug] else slug
+        taken[slug] += 1
+    return slugs
 
 
 def fingerprint(tokenizer, files: Sequence[Path], names: Sequence[str]) -> str:

@@ -56,3 +56,17 @@ def test_a_trainer_that_takes_the_loss_itself_is_refused(tmp_path):
     model.forward = lambda input_ids: CausalLMOutput(loss=torch.zeros(()))
     with pytest.raises(ValueError, match="leave MTPCallback out"):
         model(torch.zeros(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_the_loss_of_two_ranks_is_a_mean_and_no_half(tmp_path, monkeypatch, across):
+    model = ours(random_config(1, num_nextn_predict_layers=1)).train()
+    callback = MTPCallback()
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to="none", average_tokens_across_devices=across)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    callback.on_train_begin(arguments, None, None, model=model)
+    rows = torch.randint(0, 67, (4, 12), generator=torch.Generator().manual_seed(0))
+    # This rank's half of the batch, divided by what Trainer counts: the whole one, or the half.
+    model(rows[:2], labels=rows[:2], num_items_in_batch=44 if across else 22)
+    logged = float(callback.total)
+    assert logged == pytest.approx(model(rows[:2], labels=rows[:2]).mtp_loss.item() * 20 / 22, rel=1e-5)

@@ -83,6 +83,14 @@ def test_preparing_is_done_once_and_again_for_other_files(tmp_path, tokenizer):
     assert not (tmp_path / "cache/web-0.unfinished").exists()
 
 
+def test_domains_whose_names_differ_in_signs_alone_are_kept_apart(tmp_path, tokenizer):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(line("one", domain="c#") + line("two two", domain="c+") + line("x", domain="c+"))
+    for names in (("c#", "c+"), ("c+", "c#")):
+        sources = prepare(tmp_path / "cache", tokenizer, dict.fromkeys(names, ()), shared=[str(file)])
+        assert {name: len(source) for name, source in sources.items()} == {"c#": 1, "c+": 2}
+
+
 def test_control_tokens_in_a_text_are_its_characters(tmp_path, tokenizer):
     file = tmp_path / "a.jsonl"
     text = f"one {' '.join(SPECIAL_TOKENS)} two {' '.join(CONTROL_TOKENS)}"
@@ -225,12 +233,26 @@ def test_a_stage_longer_than_its_data_is_refused_or_repeats():
 
 
 def test_a_stage_behind_one_that_repeats_has_what_its_last_pass_left():
-    # 240 of 200 tokens: 160 are left.
+    # 240 of 200 tokens: 160 are left, and 13 rows are 156.
     c = curriculum({"repeat": True, "tokens": 240}, {"tokens": 160})
-    with pytest.raises(ValueError, match="'s1' needs about 172 tokens of 'web' and 160 are left"):
+    with pytest.raises(ValueError, match="'s1' needs about 168 tokens of 'web' and 160 are left"):
         Packer(c, {"web": source([20] * 10)})
     c = curriculum({"repeat": True, "tokens": 240}, {"tokens": 144})
     assert len(batches(Packer(c, {"web": source([20] * 10)}), c)) == 16
+
+
+def test_data_that_whole_groups_of_rows_would_use_up_are_refused_before_the_first_step():
+    # 16 rows of 12 for four ranks are 192 tokens of the 180.
+    c, web = curriculum(tokens=180, batch_tokens=96), {"web": source([20] * 10 + [2])}
+    assert sum(step.tokens for step in plan_steps(c, 4)) == 192
+    with pytest.raises(ValueError, match="'s0' needs about 204 tokens of 'web' and 202 are left"):
+        Packer(c, web, row_multiple=4)
+
+
+def test_what_every_stage_may_overshoot_adds_up():
+    half = {"mixture": {"web": 0.5, "code": 0.5}}
+    with pytest.raises(ValueError, match="'s1' needs about 84 tokens of 'web' and 80 are left"):
+        Packer(curriculum(half, half), {"web": source([20] * 7), "code": source([400])})
 
 
 def test_order_by_difficulty_needs_difficulty():

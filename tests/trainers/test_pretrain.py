@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from modeling_axk1 import AxK1ForCausalLM
+from modeling_axk1 import AxK1Config, AxK1ForCausalLM
 from modeling_axk1.modeling_axk1 import AxK1TopkRouter
 from tests.random_models import tiny_chat_config
 from tests.ranks import run_on_ranks
@@ -35,6 +36,7 @@ STAGES = {
     ],
 }  # fmt: skip
 STEPS = 12
+model_config = tiny_chat_config
 
 
 def text(documents, seed):
@@ -48,7 +50,7 @@ def text(documents, seed):
 
 def trainer_of(out, table=STAGES, **changes):
     torch.manual_seed(0)
-    model = AxK1ForCausalLM(tiny_chat_config(32))
+    model = AxK1ForCausalLM(model_config(32))
     settings = {
         "use_cpu": True,
         "bf16": False,
@@ -331,6 +333,12 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
     assert sound_checkpoint(tmp_path, None) is None and sound_checkpoint(tmp_path / "none", "latest") is None
 
 
+def test_a_checkpoint_kept_under_a_name_of_ones_own_is_none_of_the_runs(tmp_path):
+    for name in ("checkpoint-5", "checkpoint-10", "checkpoint-5-good", "checkpoint-10.bak", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-5", "checkpoint-10"]
+
+
 def test_checksums_are_written_when_what_they_vouch_for_is_on_the_disk(tmp_path, monkeypatch):
     (tmp_path / "inner").mkdir()
     for name in ("a.bin", "inner/b.bin"):
@@ -359,12 +367,67 @@ def test_a_checkpoint_is_named_when_it_is_sealed_and_only_then_does_the_one_befo
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4"]
 
 
+@pytest.mark.parametrize("begin", [None, "checkpoint-5"])
+def test_a_run_that_begins_before_saved_steps_of_another_is_refused(tmp_path, begin):
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        seal(tmp_path / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match=f"holds checkpoint-10 and this run begins at step {5 if begin else 0}: what it saves"):
+        trainer_of(tmp_path).train(begin and str(tmp_path / begin))
+
+
+def test_a_damaged_later_checkpoint_does_not_cost_what_is_saved_before_it(tmp_path):
+    (tmp_path / "checkpoint-10").mkdir()
+    trainer = trainer_of(tmp_path, save_steps=2, save_total_limit=1)
+    trainer.add_callback(At(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    trainer.train("latest")
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
+
+
+@pytest.mark.parametrize("room", [0.5, 1.2], ids=["no weights", "no optimizer"])
+def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(straight, tmp_path, room):
+    weights_bytes = (straight[1] / "checkpoint-12/model.safetensors").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = trainer_of(tmp_path, save_steps=2)
+    trainer.add_callback(
+        At(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (int(room * weights_bytes), before[1])))
+    )
+    try:
+        with pytest.raises(OSError, match="The checkpoint of step 4 could not be written to .*make room there"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sound_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-2"
+
+
 def test_another_plan_does_not_go_on_from_this_checkpoint(straight):
     _, out = straight
     table = json.loads(json.dumps(STAGES))
     table["stages"][1]["tokens"] = 128
     with pytest.raises(ValueError, match="belongs to another plan"):
         trainer_of(out, table).train("latest")
+
+
+def test_another_rope_is_another_plan(straight):
+    _, out = straight
+    table = json.loads(json.dumps(STAGES))
+    table["stages"][1]["context"][1]["rope"]["factor"] = 4.0
+    with pytest.raises(ValueError, match="belongs to another plan"):
+        trainer_of(out, table).train("latest")
+
+
+# The first has another shape, the others would be trained on as if nothing were.
+@pytest.mark.parametrize(
+    ("name", "value"), [("n_routed_experts", 8), ("post_mlp_norm", False), ("routed_scaling_factor", 1.5), ("rms_norm_eps", 1e-3)]
+)
+def test_another_model_does_not_go_on_from_this_checkpoint(straight, monkeypatch, name, value):
+    def other(vocab_size):
+        return AxK1Config(**{**tiny_chat_config(vocab_size).to_dict(), name: value})
+
+    _, out = straight
+    monkeypatch.setitem(globals(), "model_config", other)
+    with pytest.raises(ValueError, match=f"is of a model with {name}=.* and this run's has {value}; go on with that one"):
+        trainer_of(out).train("latest")
 
 
 def test_another_optimizer_does_not_go_on_from_this_checkpoint(straight):
@@ -419,6 +482,8 @@ def test_settings_that_cannot_be_are_refused(tmp_path):
         PretrainConfig(output_dir=str(tmp_path), use_cpu=True, optim="adamw_bnb_8bit", optimizer="muon")
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would leave out the balance and"):
         PretrainConfig(output_dir=str(tmp_path), use_cpu=True, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="save_only_model leaves optimizer and schedule out of checkpoints"):
+        PretrainConfig(output_dir=str(tmp_path), use_cpu=True, save_only_model=True)
     for name, value in (("max_steps", 10), ("warmup_steps", 5), ("lr_scheduler_type", "cosine")):
         with pytest.raises(ValueError, match=f"{name}={value} is the plan's to decide; use --scale"):
             PretrainConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})

@@ -332,6 +332,17 @@ def test_rows_without_a_mode_are_named(tokenizer, tmp_path):
         trainer_of(llama(), tokenizer, tmp_path, rows)
 
 
+@pytest.mark.parametrize("completion", [None, []])
+def test_rows_without_a_completion_are_named(tokenizer, tmp_path, completion):
+    with pytest.raises(ValueError, match="1 of 3 train rows, e.g. row 2, have no completion"):
+        trainer_of(llama(), tokenizer, tmp_path, [*ROWS[:2], ROWS[0] | {"completion": completion}])
+
+
+def test_whole_conversations_are_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="The train rows are conversations in a column messages, which do not say their mode"):
+        trainer_of(llama(), tokenizer, tmp_path, [{"messages": row["prompt"] + row["completion"]} for row in ROWS])
+
+
 def test_prompts_in_one_mode_only_are_counted_or_refused(tokenizer, tmp_path):
     rows = [*ROWS, make_row(ask("alone"), "four", "one")]
     with pytest.warns(UserWarning, match="1 of 3 prompts are in one mode only"):
