@@ -36,7 +36,7 @@ FLOPS_A_PAIR = 2 * (LATENT + ROPE) + 2 * LATENT
 
 def parts_of(batch: int, tokens: int) -> int:
     """Of the cache, on a GPU like the H200."""
-    return mla_kernels.split(mla_kernels.block_of(batch, HEADS, tokens, large=True), batch, HEADS, tokens)[0]
+    return mla_kernels.split(mla_kernels.block_of(batch, HEADS, tokens, mla_kernels.HOPPER_HEADS), batch, HEADS, tokens)[0]
 
 
 def paper_us(batch: int, tokens: int, bytes_a_second: float, flops_a_second: float) -> float:

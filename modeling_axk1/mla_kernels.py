@@ -22,7 +22,6 @@ from torch import Tensor
 from .moe_dispatch import here
 from .moe_kernels import (
     DTYPES,
-    LARGE_SHARED_MEMORY,
     add_product,
     capability,
     cdiv,
@@ -47,7 +46,12 @@ class Block(NamedTuple):
 
 # Measured on an H200 with `benchmarks/mla_decode.py --tune`: from so many cached tokens on (of all rows) reading each latent
 # once, for 64 heads, is faster; below, four times as many programs are.
-FEW_HEADS, MANY_HEADS = Block(16, 32, warps=4, stages=3, programs=264), Block(64, 64, warps=8, stages=2, programs=132)
+FEW_HEADS = Block(16, 32, warps=4, stages=3, programs=264)
+HOPPER_HEADS = Block(64, 64, warps=8, stages=2, programs=132)
+# Triton 3.6 to 3.8 give the other one 353 KB of shared memory there, 3.9 214; this one 214 and 144. Not timed.
+BLACKWELL_HEADS = Block(64, 32, warps=8, stages=2, programs=132)
+# By compute capability, for caches of MANY_TOKENS and more.
+MANY_HEADS = {(9, 0): HOPPER_HEADS, (10, 0): BLACKWELL_HEADS, (10, 3): BLACKWELL_HEADS}
 MANY_TOKENS = 16384
 # Numbers that one program of `merge` adds up.
 MERGED = 4096
@@ -164,12 +168,13 @@ def merge(sum_BPNL, state_BPN2, out_BNL, heads, latent, parts, PADDED: tl.conste
 
 
 def block_for(query_BNL: Tensor, tokens: int) -> Block:
-    large = capability(query_BNL) in LARGE_SHARED_MEMORY and query_BNL.dtype != torch.float32
-    return block_of(*query_BNL.shape[:2], tokens, large)
+    # Shared memory does not hold as many heads in fp32.
+    known = MANY_HEADS if query_BNL.dtype != torch.float32 else {}
+    return block_of(*query_BNL.shape[:2], tokens, known.get(capability(query_BNL), FEW_HEADS))
 
 
-def block_of(batch: int, heads: int, tokens: int, large: bool) -> Block:
-    return MANY_HEADS if large and heads > FEW_HEADS.heads and batch * tokens >= MANY_TOKENS else FEW_HEADS
+def block_of(batch: int, heads: int, tokens: int, many: Block) -> Block:
+    return many if heads > FEW_HEADS.heads and batch * tokens >= MANY_TOKENS else FEW_HEADS
 
 
 def split(block: Block, batch: int, heads: int, tokens: int) -> tuple[int, int]:

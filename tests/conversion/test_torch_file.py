@@ -317,8 +317,8 @@ def test_every_key_of_a_checkpoint_is_one(tmp_path, key):
 def test_arguments_that_an_older_python_pickled(tmp_path):
     """3.10 and older write a signal as a bare name, later ones as a call: Megatron's `--exit-signal` is one."""
     by_name, by_call = b"csignal\nSIGTERM\n", b"csignal\nSignals\nK\x0f\x85R"
-    for pickled, read in ((by_name, "signal.SIGTERM"), (by_call, 15)):
-        assert plain(unpickle(io.BytesIO(b"\x80\x02" + pickled + b"."), tmp_path)) == read
+    for pickled, value in ((by_name, "signal.SIGTERM"), (by_call, 15)):
+        assert plain(unpickle(io.BytesIO(b"\x80\x02" + pickled + b"."), tmp_path)) == value
     with pytest.raises(ValueError, match="signal.raise_signal, which is not allowed"):
         unpickle(io.BytesIO(b"csignal\nraise_signal\n(I9\ntR."), tmp_path)
 

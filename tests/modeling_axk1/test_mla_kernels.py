@@ -36,12 +36,12 @@ def test_in_the_interpreter(interpreted, check):
 
 def test_split_covers_the_cache_in_whole_tiles():
     for batch, heads, tokens in ((1, 64, 1), (1, 64, 16384), (1, 16, 131072), (300, 64, 33), (2, 3, 32)):
-        for block in (mla_kernels.FEW_HEADS, mla_kernels.MANY_HEADS):
+        for block in (mla_kernels.FEW_HEADS, *mla_kernels.MANY_HEADS.values()):
             parts, part_tokens = mla_kernels.split(block, batch, heads, tokens)
             assert part_tokens % block.tokens == 0
             assert (parts - 1) * part_tokens < tokens <= parts * part_tokens
     assert mla_kernels.split(mla_kernels.FEW_HEADS, 1, 64, 16384)[0] >= 60, "too few programs to fill a GPU"
-    assert mla_kernels.split(mla_kernels.MANY_HEADS, 1, 64, 16384)[0] >= 120, "too few programs to fill a GPU"
+    assert mla_kernels.split(mla_kernels.HOPPER_HEADS, 1, 64, 16384)[0] >= 120, "too few programs to fill a GPU"
 
 
 @pytest.mark.parametrize("architecture", checks.TENSOR_CORES)
