@@ -45,6 +45,7 @@ def test_files_say_that_they_are_torch(checkpoint):
 
 def test_transformers_serve_answers_openai_in_both_modes(checkpoint):
     """`transformers serve MODEL`: its own process parts, its own model class, our templates."""
+    pytest.importorskip("uvicorn", reason="the serve extra is not installed")
     openai = pytest.importorskip("openai", reason="the serve extra is not installed")
     Serve = pytest.importorskip("transformers.cli.serve").Serve
     with socket.socket() as free:
