@@ -30,6 +30,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_axk1.AxK1Model",
     "AutoModelForCausalLM": "modeling_axk1.AxK1ForCausalLM",
     "AutoModelForSequenceClassification": "modeling_axk1.AxK1ForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_axk1.AxK1ForTokenClassification",
 }
 # Files of an earlier push, beside the config, that this one does not replace would be read with the new ones.
 STALE_SUFFIXES = (".safetensors", INDEX_NAME, ".py")

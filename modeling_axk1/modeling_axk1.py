@@ -31,7 +31,11 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -1135,15 +1139,34 @@ class AxK1ForSequenceClassification(GenericForSequenceClassification, AxK1PreTra
     """A score for each of `num_labels` classes, read at the last token that is not padding: logits [B, num_labels]."""
 
     def __init__(self, config: AxK1Config):
-        # Not the parent's: it asks AutoModel for the backbone, which knows nothing of us inside a Hub folder.
-        AxK1PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = AxK1Model(config)
-        # A class has no next token, and weights without a gradient would stop DDP.
-        del self.model.layers[config.num_hidden_layers :]
-        self._keys_to_ignore_on_load_unexpected = [
-            *(self._keys_to_ignore_on_load_unexpected or []),
-            *(rf"layers\.{config.num_hidden_layers + depth}\." for depth in range(config.num_nextn_predict_layers)),
-        ]
+        begin_classifier(self, config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+
+class AxK1ForTokenClassification(GenericForTokenClassification, AxK1PreTrainedModel):
+    """A score for each of `num_labels` classes at every token: logits [B, S, num_labels].
+
+    config.classifier_dropout, 0.1 unless given, falls on the hidden states; token_classification_bias False drops the bias.
+    """
+
+    def __init__(self, config: AxK1Config):
+        begin_classifier(self, config)
+        given = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if given is None else given)
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=bias)
+        self.post_init()
+
+
+def begin_classifier(classifier: AxK1PreTrainedModel, config: AxK1Config) -> None:
+    """What both classifiers' parents do, but for AutoModel, which knows nothing of us inside a Hub folder."""
+    AxK1PreTrainedModel.__init__(classifier, config)
+    classifier.num_labels = config.num_labels
+    classifier.model = AxK1Model(config)
+    # A class has no next token, and weights without a gradient would stop DDP.
+    del classifier.model.layers[config.num_hidden_layers :]
+    classifier._keys_to_ignore_on_load_unexpected = [
+        *(classifier._keys_to_ignore_on_load_unexpected or []),
+        *(rf"layers\.{config.num_hidden_layers + depth}\." for depth in range(config.num_nextn_predict_layers)),
+    ]

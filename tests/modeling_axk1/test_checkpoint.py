@@ -10,11 +10,25 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.models.axk1.modeling_axk1 import AXK1ForCausalLM
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from modeling_axk1 import AxK1Config, AxK1ForCausalLM, AxK1ForSequenceClassification, AxK1Model, set_thinking_tokens
+from modeling_axk1 import (
+    AxK1Config,
+    AxK1ForCausalLM,
+    AxK1ForSequenceClassification,
+    AxK1ForTokenClassification,
+    AxK1Model,
+    set_thinking_tokens,
+)
 from tests.folders import on_disk
 from tests.random_models import ours, padded_ids, random_config
 from tests.ranks import run_on_ranks
@@ -87,6 +101,7 @@ def test_auto_classes_give_ours(tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is AxK1ForCausalLM
     assert type(AutoModel.from_pretrained(tmp_path)) is AxK1Model
     assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path)) is AxK1ForSequenceClassification
+    assert type(AutoModelForTokenClassification.from_pretrained(tmp_path)) is AxK1ForTokenClassification
 
 
 def test_unused_norm_never_trains(tmp_path):

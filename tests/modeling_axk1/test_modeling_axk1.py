@@ -11,8 +11,15 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig, DynamicCache, QuantizedCache, StaticCache, cache_utils
+from transformers.models.axk1.modeling_axk1 import AXK1ForTokenClassification
 
-from modeling_axk1 import AxK1Config, AxK1ForCausalLM, AxK1ForSequenceClassification, count_flops
+from modeling_axk1 import (
+    AxK1Config,
+    AxK1ForCausalLM,
+    AxK1ForSequenceClassification,
+    AxK1ForTokenClassification,
+    count_flops,
+)
 from modeling_axk1.modeling_axk1 import (
     AxK1Experts,
     AxK1TopkRouter,
@@ -550,6 +557,24 @@ def test_sequence_classification_reads_the_last_real_token():
     mask = (padded != 0).long()
     a, b = model(input_ids).logits, model(padded, attention_mask=mask).logits
     assert a.shape == (2, 3) and largest_difference(a, b) <= PREFILL
+
+
+@torch.no_grad()
+def test_token_classification_is_stocks(tmp_path):
+    """Logits, loss, dropout and bias; saved here, read there."""
+    config = random_config(1, num_labels=3, num_nextn_predict_layers=1, classifier_dropout=0.5)
+    model = AxK1ForTokenClassification(config).eval()
+    assert model.dropout.p == 0.5 and model.score.bias is not None
+    for parameter in model.parameters():
+        parameter.normal_(std=0.2)
+    model.save_pretrained(tmp_path)
+    twin = AXK1ForTokenClassification.from_pretrained(tmp_path).eval()
+    input_ids, mask = padded_ids(config)
+    labels = torch.randint(0, 3, input_ids.shape).masked_fill(mask == 0, -100)
+    out, expected = (each(input_ids, attention_mask=mask, labels=labels) for each in (model, twin))
+    assert out.logits.shape == (*input_ids.shape, 3)
+    assert largest_difference(out.logits[mask == 1], expected.logits[mask == 1]) <= PREFILL
+    torch.testing.assert_close(out.loss, expected.loss, atol=PREFILL, rtol=PREFILL)
 
 
 def test_experts_reject_nothing_silently_in_eager():
