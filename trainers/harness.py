@@ -9,6 +9,7 @@ Multiple choice is scored by the likelihood of each choice behind the closed tho
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -40,6 +41,12 @@ class HarnessResult:
     readings: list[Reading] = field(repr=False)
 
 
+@lru_cache(maxsize=1)
+def known_tasks(kind: type[TaskManager], include_path: str | None) -> TaskManager:
+    """One reading of all task files, which takes seconds, for every task and mode of a run."""
+    return kind(include_path=include_path)
+
+
 def evaluate_harness_task(
     model,
     tokenizer,
@@ -58,7 +65,7 @@ def evaluate_harness_task(
     include_path: a folder with further task files. `generate_kwargs` go to `generate` instead of the task's own; greedy by
     default. ValueError for tasks that do not exist, have no answer (perplexity) or begin it for the model.
     """
-    known = TaskManager(include_path=include_path)
+    known = known_tasks(TaskManager, include_path)
     # The path of a task's file will do too.
     if task not in known.all_tasks and not Path(task).is_file():
         raise ValueError(f"lm-evaluation-harness has no task {task!r}; `lm-eval ls tasks` lists them, --include-path adds some.")

@@ -400,8 +400,8 @@ class PretrainTrainer(Trainer):
         except (RuntimeError, SafetensorError) as error:
             # What torch and safetensors make of a full disk.
             raise OSError(
-                f"The checkpoint of step {self.state.global_step} could not be written to {out} ({error}); make room there, and "
-                "the same command goes on from the one before."
+                f"The checkpoint of step {self.state.global_step} could not be written to {out} ({error}); where the disk is full, "
+                "make room, and the same command goes on from the one before."
             ) from error
         finally:
             self._run_dir = None

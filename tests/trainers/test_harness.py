@@ -53,6 +53,20 @@ def judge(model, include_path, thinking, **settings):
     return evaluate_harness_task(model, TOKENIZER, "tiny", thinking=thinking, include_path=include_path, **settings)
 
 
+def test_task_files_are_read_once_for_tasks_and_modes(tasks, monkeypatch):
+    read, kind = [], harness.TaskManager
+
+    def counted(include_path):
+        read.append(include_path)
+        return kind(include_path=include_path)
+
+    monkeypatch.setattr(harness, "TaskManager", counted)
+    path = tasks(["four"])
+    for thinking, script in ((True, [*ids("one"), END, *ids("four"), STOP]), (False, [*ids("four"), STOP])):
+        assert judge(ScriptedModel([script], STOP, 0), path, thinking).scores == [1.0]
+    assert read == [path]
+
+
 def test_the_answer_is_judged_and_an_unfinished_thought_is_wrong(tasks):
     scripts = [
         [*ids("one"), END, *ids("four"), STOP],  # right

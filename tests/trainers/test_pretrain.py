@@ -393,7 +393,7 @@ def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(straight, tmp_path,
         At(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (int(room * weights_bytes), before[1])))
     )
     try:
-        with pytest.raises(OSError, match="The checkpoint of step 4 could not be written to .*make room there"):
+        with pytest.raises(OSError, match="The checkpoint of step 4 could not be written to .*where the disk is full, make room"):
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
