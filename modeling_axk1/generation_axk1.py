@@ -223,13 +223,13 @@ def _modes(enable_thinking: bool | list[bool], rows: int) -> list[bool]:
     return modes
 
 
-def _reject_idle(thinking_budget, generation_config: GenerationConfig | None) -> None:
-    """For a call without a mode: what would say one, and go unread where transformers reads the rest."""
-    for name in ("enable_thinking", "thinking_budget"):
+def _reject_unread(enable_thinking, thinking_budget, generation_config: GenerationConfig | None) -> None:
+    """For what a caller's generation_config says otherwise, and for a budget without a mode."""
+    for name, asked in (("enable_thinking", enable_thinking), ("thinking_budget", thinking_budget)):
         value = getattr(generation_config, name, None)
-        if value is not None:
+        if value is not None and value != asked:
             raise ValueError(f"{name}={value} in a generation_config is not read; pass it to generate.")
-    if thinking_budget is not None:
+    if enable_thinking is None and thinking_budget is not None:
         raise ValueError(
             f"thinking_budget={thinking_budget} has no effect while enable_thinking is None; pass enable_thinking=True."
         )
@@ -354,8 +354,8 @@ class ThinkingGenerationMixin(GenerationMixin):
         ValueError for a prompt that is not an open, empty assistant turn, for padding on the right, for
         `inputs_embeds`, for missing ids, and for lists or budgets that do not fit.
         """
+        _reject_unread(enable_thinking, thinking_budget, generation_config)
         if enable_thinking is None:
-            _reject_idle(thinking_budget, generation_config)
             return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
         ids = _thinking_ids(kwargs, generation_config, self.generation_config)
@@ -383,8 +383,8 @@ class ThinkingGenerationMixin(GenerationMixin):
 
         ValueError as there, and for asynchronous batching and a manager that is kept, which know no modes.
         """
+        _reject_unread(enable_thinking, thinking_budget, generation_config)
         if enable_thinking is None:
-            _reject_idle(thinking_budget, generation_config)
             return super().generate_batch(inputs, generation_config, continuous_batching_config, **kwargs)
         batching = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
         kept = kwargs.get("persistent_manager") or getattr(self, "_cached_continuous_batching_manager", None)

@@ -1147,13 +1147,14 @@ class AxK1ForSequenceClassification(GenericForSequenceClassification, AxK1PreTra
 class AxK1ForTokenClassification(GenericForTokenClassification, AxK1PreTrainedModel):
     """A score for each of `num_labels` classes at every token: logits [B, S, num_labels].
 
-    config.classifier_dropout, 0.1 unless given, falls on the hidden states; token_classification_bias False drops the bias.
+    As in transformers, config.classifier_dropout, else hidden_dropout, else 0.1 falls on the hidden states, and
+    token_classification_bias False drops the bias.
     """
 
     def __init__(self, config: AxK1Config):
         begin_classifier(self, config)
-        given = getattr(config, "classifier_dropout", None)
-        self.dropout = nn.Dropout(0.1 if given is None else given)
+        given = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((rate for rate in given if rate is not None), 0.1))
         bias = getattr(config, "token_classification_bias", True)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=bias)
         self.post_init()

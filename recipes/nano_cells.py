@@ -206,7 +206,7 @@ def at_once(calls: Sequence[Callable[[], dict]], jobs: int, threads: int, log: P
             for done in tqdm(as_completed(futures), total=len(futures), unit="cell", desc=f"{jobs} at a time, see {log}"):
                 done.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
     return [future.result() for future in futures]
 

@@ -135,7 +135,7 @@ def narrow_harness(monkeypatch, folder) -> None:
 
 def is_run_here(page, code: str) -> bool:
     """The README's snippets stand alone, and tests/test_readme.py runs them; tests/recipes/test_launch.py what needs torchrun."""
-    # As NOT_RUN has `axk1 serve`.
+    # The serve extra, which Python 3.10 has not.
     lacking = "uvicorn" in code and not importlib.util.find_spec("uvicorn")
     return page.name != "README.md" and "under torchrun" not in code and not lacking
 

@@ -16,15 +16,18 @@ THINKING, NON_THINKING, NO_MODE = 1, 0, -1
 
 def refuse_conversations(dataset: Dataset, name: str) -> None:
     """ValueError for whole conversations: TRL would train them without modes, control tokens included."""
-    if "prompt" not in dataset.column_names and "messages" in dataset.column_names:
+    whole = {"messages", "conversations"} & set(dataset.column_names)
+    if whole and not {"prompt", "input_ids"} & set(dataset.column_names):
         raise ValueError(
-            f"The {name} rows are conversations in a column messages, which do not say their mode; make rows of prompt and "
+            f"The {name} rows are conversations in a column {min(whole)}, which do not say their mode; make rows of prompt and "
             "completion with trainers.mode_overlap.make_row."
         )
 
 
 def require_completions(dataset: Dataset, name: str) -> None:
     """ValueError for a row whose completion is missing or empty, which TRL fails on without naming it."""
+    if "completion" not in dataset.column_names:
+        raise ValueError(f"The {name} rows have no column completion; make them with trainers.mode_overlap.make_row.")
     empty = [row for row, completion in enumerate(dataset["completion"]) if not completion]
     if empty:
         raise ValueError(

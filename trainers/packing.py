@@ -196,8 +196,9 @@ def check_supply(curriculum: Curriculum, sources: Mapping[str, Source], row_mult
                     f"Stage {stage.name!r} goes by difficulty and {unknown:,} documents of {name!r} have no difficulty; "
                     "let curation score them, or set order: shuffled."
                 )
-            # Turns between sources overshoot a share by less than a row, in each stage.
-            needed = share * tokens + (longest + overshot[name] if share else 0)
+            # Turns between sources overshoot a share by less than a row, in each stage; one source alone does not.
+            row = longest if 0 < share < 1 else 0
+            needed = share * tokens + (row + overshot[name] if share else 0)
             if needed > left[name] and not stage.repeat:
                 raise ValueError(
                     f"Stage {stage.name!r} needs about {needed:,.0f} tokens of {name!r} and {left[name]:,} are left; set repeat: "
@@ -205,7 +206,7 @@ def check_supply(curriculum: Curriculum, sources: Mapping[str, Source], row_mult
                 )
             unread = left[name] - round(share * tokens)
             left[name] = unread % len(sources[name].tokens) if stage.repeat else max(unread, 0)
-            overshot[name] += longest if 0 < share < 1 else 0
+            overshot[name] += row
 
 
 class Batches(torch.utils.data.IterableDataset):

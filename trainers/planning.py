@@ -139,7 +139,6 @@ def granularity(model_flops: float, tokens_per_parameter: float) -> int:
     stability under imperfect balance as its reason: at equal active width the experts a token visits grow with G, so do the
     copies that are dispatched and the experts whose fullest one everybody waits for. What that costs no paper's formula
     says; how far models that were trained stayed below the best, their shapes do.
-
     """
     total = affordable_parameters(model_flops, tokens_per_parameter)
     return round(published_granularity(total))
@@ -437,14 +436,14 @@ class Plan:
         config, models, given = self.config, PUBLISHED + PUBLISHED_SMALLER, (model_flops, self.tokens_per_parameter)
         total, chosen = affordable_parameters(*given), granularity(*given)
         found = [model.granularity for model in models]
-        coarse, fine = BEST_GRANULARITY
+        low, high = BEST_GRANULARITY
         return (
             f"granularity: 2 x {config.hidden_size} / {config.moe_intermediate_size} = {chosen}, in whole numbers the "
             f"{published_granularity(total):.2f} of {len(models)} published MoEs (from {min(found):.1f} to {max(found):.1f}, "
             f"finer with their size) at the {scaled(total, COUNTS)} parameters that 6 x active x tokens of this compute buys. "
-            f"Tian et al.'s law is best at {coarse} to {fine} whatever the compute [2507.17702]; the field stays coarser, for "
-            f"stability under imperfect balance: at equal active width G = {coarse} or {fine} would visit "
-            f"{EXPERTS_PER_TOKEN * coarse / chosen:.1f} or {EXPERTS_PER_TOKEN * fine / chosen:.1f} routed experts a token, not "
+            f"Tian et al.'s law is best at {low} to {high} whatever the compute [2507.17702]; the field stays coarser, for "
+            f"stability under imperfect balance: at equal active width G = {low} or {high} would visit "
+            f"{EXPERTS_PER_TOKEN * low / chosen:.1f} or {EXPERTS_PER_TOKEN * high / chosen:.1f} routed experts a token, not "
             f"{EXPERTS_PER_TOKEN}, dispatch as many more copies, and wait for the fullest of as many more experts. What that "
             "costs no formula of the papers says"
         )

@@ -264,20 +264,21 @@ class PretrainTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """As Trainer's, from `resume_from_checkpoint` (`latest` or a folder), until the plan or SIGTERM ends it."""
         folder = sound_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        state = {"step": 0} if folder is None else json.loads((folder / STATE_FILE).read_text())
         if resume_from_checkpoint != "latest":
-            self._refuse_later_checkpoints(0 if folder is None else step_of(folder))
+            self._refuse_later_checkpoints(state["step"])
         if folder is not None:
-            self._load_state(json.loads((folder / STATE_FILE).read_text()))
+            self._load_state(state)
         with self._stop:
             return super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
 
     def _refuse_later_checkpoints(self, step: int) -> None:
-        """They are another run's, and `latest` would take them for this one's."""
+        """`latest` would take them for what this run saved, and rotation this run's for older ones."""
         later = [path.name for path in checkpoints_in(Path(self.args.output_dir)) if step_of(path) > step]
         if later:
             raise ValueError(
-                f"{self.args.output_dir} holds {later[-1]} and this run begins at step {step}: what it saves would be mixed with "
-                "another's; remove the later checkpoints, or give another output_dir."
+                f"{self.args.output_dir} holds {later[-1]} and this run begins at step {step}: what both saved would be mixed; "
+                "remove the later checkpoints, or give another output_dir."
             )
 
     def _run_epoch(self, *args, **kwargs):
@@ -400,8 +401,8 @@ class PretrainTrainer(Trainer):
         except (RuntimeError, SafetensorError) as error:
             # What torch and safetensors make of a full disk.
             raise OSError(
-                f"The checkpoint of step {self.state.global_step} could not be written to {out} ({error}); where the disk is full, "
-                "make room, and the same command goes on from the one before."
+                f"The checkpoint of step {self.state.global_step} could not be written to {out} ({error}); where the disk is "
+                "full, make room, and the same command goes on from the one before."
             ) from error
         finally:
             self._run_dir = None
@@ -437,6 +438,7 @@ class PretrainTrainer(Trainer):
             "optimizer": self.args.optimizer,
             "optimizer_settings": self._optimizer_settings(),
             "plan": self.plan_mark(),
+            "ropes": self._ropes(),
             "model": self._architecture,
             "step": self.state.global_step,
             "data": self.packer.state(),
@@ -454,12 +456,17 @@ class PretrainTrainer(Trainer):
                 f"The checkpoint in {self.args.output_dir} belongs to another plan of stages, batches or ranks; go on with "
                 "that one, or give another output_dir."
             )
+        if state.get("ropes", self._ropes()) != self._ropes():
+            raise ValueError(
+                f"The checkpoint in {self.args.output_dir} belongs to stages of another RoPE; go on with that, or give another "
+                "output_dir."
+            )
         model = self._architecture
-        for name, before in state.get("model", model).items():
-            if model[name] != before:
+        for name, before in state.get("model", {}).items():
+            if model.get(name) != before:
                 raise ValueError(
                     f"The checkpoint in {self.args.output_dir} is of a model with {name}={before} and this run's has "
-                    f"{model[name]}; go on with that one, or give another output_dir."
+                    f"{model.get(name)}; go on with that one, or give another output_dir."
                 )
         if state["optimizer"] != self.args.optimizer:
             raise ValueError(
@@ -483,12 +490,15 @@ class PretrainTrainer(Trainer):
     def _optimizer_settings(self) -> dict[str, Any]:
         return {"optim": self.args.optim.value, **{name: getattr(self.args, name) for name in OF_THE_STATE}}
 
+    def _ropes(self) -> list[list[dict | None]]:
+        """Each stage's by context length, as JSON gives them back."""
+        return json.loads(json.dumps([[level.rope for level in stage.context] for stage in self.curriculum.stages]))
+
     def plan_mark(self) -> str:
         """Changes with every step of the plan; not with the number of ranks that share a step."""
-        stages = self.curriculum.stages
-        digest = hashlib.sha256(repr([(s.name, sorted(s.mixture.items()), s.order) for s in stages]).encode())
-        ropes = [[level.rope and sorted(level.rope.items()) for level in s.context] for s in stages]
-        digest.update(repr(ropes).encode() if any(map(any, ropes)) else b"")
+        digest = hashlib.sha256(
+            repr([(s.name, sorted(s.mixture.items()), s.order) for s in self.curriculum.stages]).encode()
+        )
         for step in self.steps:
             digest.update(repr(tuple(vars(step).values())).encode())
         return digest.hexdigest()[:16]

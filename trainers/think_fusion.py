@@ -188,7 +188,8 @@ class ThinkFusionTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if isinstance(dataset, IterableDataset):
             raise ValueError("A streamed dataset can be neither counted nor paired; load it without streaming.")
-        refuse_conversations(dataset, dataset_name)
+        if formatting_func is None:
+            refuse_conversations(dataset, dataset_name)
         if "input_ids" in dataset.column_names or "prompt" not in dataset.column_names:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         require_completions(dataset, dataset_name)

@@ -195,8 +195,10 @@ def slugs_of(names: Sequence[str]) -> dict[str, str]:
     taken: Counter = Counter()
     for name in sorted(names):
         slug = "".join(c if c.isalnum() else "_" for c in name)
-        slugs[name] = f"{slug}~{taken[slug]}" if taken[slug] else slug
-        taken[slug] += 1
+        # Some disks tell no capitals from small letters.
+        same = taken[slug.lower()]
+        slugs[name] = f"{slug}~{same}" if same else slug
+        taken[slug.lower()] += 1
     return slugs
 
 

@@ -394,6 +394,9 @@ def test_a_mode_in_a_generation_config_is_refused_and_not_dropped(model, tokeniz
     for generate, row in ((model.generate, prompt["input_ids"]), (model.generate_batch, rows)):
         with pytest.raises(ValueError, match="in a generation_config is not read; pass it to generate"):
             generate(row, GenerationConfig(max_new_tokens=2, **setting))
+        other = {"enable_thinking": "enable_thinking" not in setting, "thinking_budget": 2}
+        with pytest.raises(ValueError, match="in a generation_config is not read; pass it to generate"):
+            generate(row, GenerationConfig(max_new_tokens=2, **setting), **other)
 
 
 def test_prompt_must_be_token_ids(model):

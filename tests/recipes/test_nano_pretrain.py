@@ -16,6 +16,7 @@ from recipes import (
 )
 from recipes.nano_pretrain_cells import CONTEXT, curve, docstrings, model_config, spikes, surprisals
 from tests.documents import arguments_shown
+from tests.ranks import forking
 from trainers.curriculum import plan_steps, read_curriculum
 
 
@@ -53,6 +54,17 @@ def tables_of(out, name):
     page = (out / f"{name}.html").read_text()
     assert "http" not in page and "<svg" in page
     return json.loads((out / f"{name}.json").read_text())["tables"]
+
+
+def test_cells_in_two_processes(tmp_path, monkeypatch):
+    """At the recipe's own batches, which are not made small there; two steps each."""
+    forking()
+    monkeypatch.setattr(nano_pretrain_norms, "RATES", (3e-3,))
+    cells = nano_pretrain_norms.main(["--gsm8k", "gsm8k_train.jsonl", *smaller(tmp_path), "--jobs", "2"])
+    [dual], [pre] = cells["dual, 0.003"], cells["pre, 0.003"]
+    assert dual["tokens"] == pre["tokens"] == [4096, 8192] and dual["loss"] != pre["loss"]
+    said = (tmp_path / "norms.log").read_text()
+    assert said.count("done in") == 2 and "seed3-pre-0.003" in said
 
 
 def test_norms(out, monkeypatch, capsys):

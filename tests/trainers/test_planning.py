@@ -138,7 +138,7 @@ def test_a_plan_of_any_size_spends_its_budget_and_can_be_built(flops):
     plan = plan_flops(flops, gpus=2048)
     figures, config = plan.figures(), plan.config
     assert figures["tokens"] / figures["total_parameters"] == pytest.approx(20, rel=0.25)
-    assert figures["granularity"] in (3, 4, 5, 6, 7, 8)
+    assert figures["granularity"] == planning.granularity(planning.EFFECTIVE_TIME * flops, 20.0)
     assert config.hidden_size % 64 == 0 and config.moe_intermediate_size % 128 == 0
     assert config.n_routed_experts % figures["expert_parallel"] == 0
     assert 2048 % (figures["pipeline_parallel"] * figures["context_parallel"]) == 0

@@ -20,7 +20,7 @@ from tests.ranks import run_on_ranks
 from trainers.curriculum import read_curriculum
 from trainers.muon import MuonAdamW, matrices_of, split_parameters
 from trainers.packing import Packer
-from trainers.pretrain import PretrainConfig, PretrainTrainer
+from trainers.pretrain import STATE_FILE, PretrainConfig, PretrainTrainer
 from trainers.safeguards import CHECKSUMS, SpikeDetector, checkpoints_in, damage, seal, sound_checkpoint
 from trainers.token_store import Source
 
@@ -367,12 +367,13 @@ def test_a_checkpoint_is_named_when_it_is_sealed_and_only_then_does_the_one_befo
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4"]
 
 
-@pytest.mark.parametrize("begin", [None, "checkpoint-5"])
-def test_a_run_that_begins_before_saved_steps_of_another_is_refused(tmp_path, begin):
-    for step in (5, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        seal(tmp_path / f"checkpoint-{step}")
-    with pytest.raises(ValueError, match=f"holds checkpoint-10 and this run begins at step {5 if begin else 0}: what it saves"):
+@pytest.mark.parametrize("begin", [None, "checkpoint-5", "checkpoint-5-good"])
+def test_a_run_that_begins_before_saved_steps_is_refused(tmp_path, begin):
+    for name, step in {"checkpoint-5": 5, "checkpoint-5-good": 5, "checkpoint-10": 10}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / STATE_FILE).write_text(json.dumps({"step": step}))
+        seal(tmp_path / name)
+    with pytest.raises(ValueError, match=f"holds checkpoint-10 and this run begins at step {5 if begin else 0}: what both saved"):
         trainer_of(tmp_path).train(begin and str(tmp_path / begin))
 
 
@@ -408,11 +409,11 @@ def test_another_plan_does_not_go_on_from_this_checkpoint(straight):
         trainer_of(out, table).train("latest")
 
 
-def test_another_rope_is_another_plan(straight):
+def test_stages_of_another_rope_do_not_go_on(straight):
     _, out = straight
     table = json.loads(json.dumps(STAGES))
     table["stages"][1]["context"][1]["rope"]["factor"] = 4.0
-    with pytest.raises(ValueError, match="belongs to another plan"):
+    with pytest.raises(ValueError, match="belongs to stages of another RoPE"):
         trainer_of(out, table).train("latest")
 
 

@@ -128,7 +128,7 @@ STAGE = {"name": "one", "tokens": 640, "context": 16, "batch_tokens": 64, "mixtu
         (
             ("--scale", "1"),
             {"stages": [STAGE | {"tokens": 1e9}]},
-            "Stage 'one' needs about 1,000,000,016 tokens of 'web'",
+            "Stage 'one' needs about 1,000,000,000 tokens of 'web'",
         ),
         (
             ("--scale", "1"),

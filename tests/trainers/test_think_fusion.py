@@ -338,9 +338,16 @@ def test_rows_without_a_completion_are_named(tokenizer, tmp_path, completion):
         trainer_of(llama(), tokenizer, tmp_path, [*ROWS[:2], ROWS[0] | {"completion": completion}])
 
 
+def test_rows_of_prompts_alone_are_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="The train rows have no column completion"):
+        trainer_of(llama(), tokenizer, tmp_path, [{"prompt": row["prompt"]} for row in ROWS])
+
+
 def test_whole_conversations_are_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="The train rows are conversations in a column messages, which do not say their mode"):
         trainer_of(llama(), tokenizer, tmp_path, [{"messages": row["prompt"] + row["completion"]} for row in ROWS])
+    with pytest.raises(ValueError, match="in a column conversations"):
+        trainer_of(llama(), tokenizer, tmp_path, [{"conversations": [{"from": "human", "value": "two"}]}] * 2)
 
 
 def test_prompts_in_one_mode_only_are_counted_or_refused(tokenizer, tmp_path):
