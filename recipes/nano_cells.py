@@ -20,10 +20,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.nano_problems import Problem, score
+from recipes.nano_problems import Problem
 from recipes.nano_think_fusion import (
     Problems,
     Settings,
+    answer_problems,
     draw_splits,
     fine_tune,
     keep_settings,
@@ -33,7 +34,6 @@ from recipes.nano_think_fusion import (
     run_stage,
 )
 from trainers import report
-from trainers.evaluation import evaluate_mode
 from trainers.mode_overlap import make_row
 
 MODES = {"thinking": True, "non-thinking": False}
@@ -110,15 +110,8 @@ def measure(model_dir: Path, tokenizer, test: list[Problem], settings: Settings)
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     measured = {"family": [p.family for p in test]}
     for mode, thinking in MODES.items():
-        _, readings, correct = evaluate_mode(
-            model,
-            tokenizer,
-            [p.messages for p in test],
-            lambda number, answer: score(test[number], answer),
-            thinking=thinking,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=250,
-        )
+        how = {"thinking": thinking, "max_new_tokens": settings.max_new_tokens}
+        _, readings, correct = answer_problems(model, tokenizer, test, **how)
         measured[mode] = {
             "accuracy": [float(right) for right in correct],
             "format_error": [float(reading.format_error) for reading in readings],

@@ -66,13 +66,15 @@ def evaluate_harness_task(
     default. ValueError for tasks that do not exist, have no answer (perplexity) or begin it for the model.
     """
     known = known_tasks(TaskManager, include_path)
-    if task not in known.all_tasks:
-        # Its file may be new.
-        known_tasks.cache_clear()
-        known = known_tasks(TaskManager, include_path)
     # The path of a task's file will do too.
     if task not in known.all_tasks and not Path(task).is_file():
-        raise ValueError(f"lm-evaluation-harness has no task {task!r}; `lm-eval ls tasks` lists them, --include-path adds some.")
+        # It may have been added since.
+        known_tasks.cache_clear()
+        known = known_tasks(TaskManager, include_path)
+        if task not in known.all_tasks:
+            raise ValueError(
+                f"lm-evaluation-harness has no task {task!r}; `lm-eval ls tasks` lists them, --include-path adds some."
+            )
     speaker = TwoModeLM(model, tokenizer, thinking, max_new_tokens, batch_size, on_batch, generate_kwargs)
     found = simple_evaluate(
         model=speaker,

@@ -80,7 +80,6 @@ class Published:
         return 2 * self.hidden_size / self.expert_width
 
 
-# Of over 200 B parameters.
 PUBLISHED = (
     Published("DeepSeek-V2", 236e9, 21e9, 8.1e12, 60, 5120, 1536, True, "arXiv 2405.04434"),
     Published("DeepSeek-V3", 671e9, 37e9, 14.8e12, 61, 7168, 2048, True, "arXiv 2412.19437"),
@@ -89,15 +88,14 @@ PUBLISHED = (
     Published("Kimi K2", 1.04e12, 32.6e9, 15.5e12, 61, 7168, 2048, True, "arXiv 2507.20534"),
     Published("GLM-4.5", 355e9, 32e9, 23e12, 92, 5120, 1536, False, "arXiv 2508.06471"),
     Published("Ling-1T", 1e12, 50e9, 20e12, 80, 8192, 2048, False, "arXiv 2510.22115"),
-)
-# Beside them where a figure is read over sizes.
-PUBLISHED_SMALLER = (
     Published("OLMoE", 6.9e9, 1.3e9, 5.1e12, 16, 2048, 1024, False, "arXiv 2409.02060"),
     Published("DeepSeek-V2-Lite", 15.7e9, 2.4e9, 5.7e12, 27, 2048, 1408, True, "arXiv 2405.04434"),
     Published("Moonlight", 16e9, 3e9, 5.7e12, 27, 2048, 1408, True, "arXiv 2502.16982"),
     Published("Qwen3-30B", 30.5e9, 3.3e9, 36e12, 48, 2048, 768, False, "arXiv 2505.09388"),
     Published("GLM-4.5-Air", 106e9, 12e9, 23e12, 46, 4096, 1408, False, "arXiv 2508.06471"),
 )
+# What is not read over sizes is read of these.
+LARGE = tuple(model for model in PUBLISHED if model.total_parameters > 200e9)
 
 
 def geometric_mean(values) -> float:
@@ -107,12 +105,12 @@ def geometric_mean(values) -> float:
 
 def published_sparsity() -> float:
     """Total over active parameters in the field, since Tian et al.'s law has no optimum: sparser is always better."""
-    return geometric_mean(model.sparsity for model in PUBLISHED)
+    return geometric_mean(model.sparsity for model in LARGE)
 
 
 def published_aspect() -> float:
     """Width over depth of the models with MLA, whose layer is ours; the other attentions' shapes do not carry over."""
-    return geometric_mean(model.hidden_size / model.layers for model in PUBLISHED if model.mla)
+    return geometric_mean(model.hidden_size / model.layers for model in LARGE if model.mla)
 
 
 def published_granularity(total_parameters: float) -> float:
@@ -120,9 +118,8 @@ def published_granularity(total_parameters: float) -> float:
 
     Below the smallest and above the largest of them as at these: nothing is read where nobody has trained.
     """
-    models = PUBLISHED + PUBLISHED_SMALLER
-    sizes = [math.log(model.total_parameters) for model in models]
-    slope, height = statistics.linear_regression(sizes, [math.log(model.granularity) for model in models])
+    sizes = [math.log(model.total_parameters) for model in PUBLISHED]
+    slope, height = statistics.linear_regression(sizes, [math.log(model.granularity) for model in PUBLISHED])
     return math.exp(height + slope * min(max(math.log(total_parameters), min(sizes)), max(sizes)))
 
 
@@ -403,7 +400,7 @@ class Plan:
             "MTP layer [modeling_axk1.count_flops]",
             self._why_tokens(trained / self.flops_per_token / counts["total"]),
             f"experts: {config.n_routed_experts}, top {EXPERTS_PER_TOKEN} + {SHARED_EXPERTS} shared, the multiple of "
-            f"{EXPERT_STEP} nearest to the {published_sparsity():.1f} total/active of {len(PUBLISHED)} published fine-grained "
+            f"{EXPERT_STEP} nearest to the {published_sparsity():.1f} total/active of {len(LARGE)} published fine-grained "
             f"MoEs (here {counts['total'] / counts['active']:.1f}); Tian et al. [2507.17702] find sparser always better, and "
             "their coefficients were not to be had",
             self._why_granularity(trained),
@@ -423,7 +420,7 @@ class Plan:
         ]
 
     def _why_tokens(self, per_total: float) -> str:
-        field = [model.tokens / model.total_parameters for model in PUBLISHED]
+        field = [model.tokens / model.total_parameters for model in LARGE]
         usual = geometric_mean(field)
         return (
             f"tokens: model FLOPs / FLOPs a token = {self.tokens:.4g}, {per_total:.1f} a total parameter for the "
@@ -433,13 +430,13 @@ class Plan:
         )
 
     def _why_granularity(self, model_flops: float) -> str:
-        config, models, given = self.config, PUBLISHED + PUBLISHED_SMALLER, (model_flops, self.tokens_per_parameter)
-        total, chosen = affordable_parameters(*given), granularity(*given)
-        found = [model.granularity for model in models]
+        config, found = self.config, [model.granularity for model in PUBLISHED]
+        total = affordable_parameters(model_flops, self.tokens_per_parameter)
+        chosen = 2 * config.hidden_size // config.moe_intermediate_size
         low, high = BEST_GRANULARITY
         return (
             f"granularity: 2 x {config.hidden_size} / {config.moe_intermediate_size} = {chosen}, in whole numbers the "
-            f"{published_granularity(total):.2f} of {len(models)} published MoEs (from {min(found):.1f} to {max(found):.1f}, "
+            f"{published_granularity(total):.2f} of {len(PUBLISHED)} published MoEs (from {min(found):.1f} to {max(found):.1f}, "
             f"finer with their size) at the {scaled(total, COUNTS)} parameters that 6 x active x tokens of this compute buys. "
             f"Tian et al.'s law is best at {low} to {high} whatever the compute [2507.17702]; the field stays coarser, for "
             f"stability under imperfect balance: at equal active width G = {low} or {high} would visit "

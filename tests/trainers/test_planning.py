@@ -58,8 +58,8 @@ def test_granularity_is_the_line_through_published_models(monkeypatch):
         return planning.Published("a model", total, total / 16, 1.0, 1, hidden, 1024, True, "")
 
     # G = 2, 4, 8 at 1e9, 1e10, 1e11: a power law, found again and read between and beyond.
-    monkeypatch.setattr(planning, "PUBLISHED", (model(1e11, 4096), model(1e10, 2048)))
-    monkeypatch.setattr(planning, "PUBLISHED_SMALLER", (model(1e9, 1024),))
+    monkeypatch.setattr(planning, "PUBLISHED", (model(1e11, 4096), model(1e10, 2048), model(1e9, 1024)))
+    monkeypatch.setattr(planning, "LARGE", planning.PUBLISHED)
     assert planning.published_granularity(10**10.5) == pytest.approx(4 * 2**0.5)
     # 1e9 parameters, 20 tokens each, a sixteenth of them active: 6 FLOPs a visited one.
     assert planning.granularity(6 * 1e9 / 16 * 20e9, 20.0) == 2
