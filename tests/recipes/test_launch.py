@@ -139,9 +139,9 @@ def test_megatron_by_conversion(tmp_path):
 
 
 def test_serving_by_vllm_and_sglang(tmp_path):
-    """vLLM 0.12's and SGLang's published flags; neither is installed here."""
-    (command,) = commands_of("serve_vllm.sh", tmp_path, "m", TP="8", PP="1")
-    assert command[:3] == ["vllm", "serve", "m"] and "--enable-expert-parallel" in command
+    """What tests/interop/test_vllm_runs.py runs, with a few more flags; SGLang's published ones, which is not installed here."""
+    (command,) = commands_of("serve_vllm.sh", tmp_path, "MODEL", TP="8", PP="1")
+    assert command[:3] == ["vllm", "serve", "MODEL"] and set(documented("vllm serve MODEL")) <= set(command)
     assert command[command.index("--distributed-executor-backend") + 1] == "mp"
     (_, command) = commands_of("serve_sglang.sh", tmp_path, "m", NODE="1")
     assert command[:3] == ["python3", "-m", "sglang.launch_server"]
