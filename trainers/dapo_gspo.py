@@ -73,7 +73,7 @@ class DapoGspoConfig(GRPOConfig):
     Resuming is bit-identical at checkpoints that fall between two generations; others are refused here. The prompts of
     the resampling rounds are a function of seed and step, so that there is no state of theirs to lose.
 
-    vLLM: `use_vllm=True` and TRL's other vllm_* options; the weights' names are those that vLLM looks for.
+    vLLM: `use_vllm=True` and TRL's other vllm_* options; weights go there as a checkpoint stores them (`vllm_rollouts`).
     """
 
     modes: str = field(
@@ -265,6 +265,11 @@ class DapoGspoTrainer(GRPOTrainer):
             optimizers=optimizers,
             peft_config=group_experts(peft_config, model),
         )
+        if self.use_vllm:
+            # TRL's module and ours import vLLM.
+            from .vllm_rollouts import StoredWeightsGeneration
+
+            self.vllm_generation = StoredWeightsGeneration(self.vllm_generation)
         self.progress = ModeProgress()
         # With disable_tqdm there is a plain printer instead, which stays.
         if self.pop_callback(ProgressCallback) is not None:
