@@ -253,7 +253,8 @@ def test_every_command_shown_is_understood(page):
 
 
 def check_command(words: list[str], titles: set[str]) -> None:
-    program = words[0]
+    # What sbatch submits is a script.
+    program = words[1] if words[0] == "sbatch" else words[0]
     if program in ("accelerate", "torchrun", "python") and "-m" in words:
         module = words[words.index("-m") + 1]
         assert any((ROOT / (module.replace(".", "/") + end)).exists() for end in (".py", "/__init__.py")), words

@@ -33,6 +33,8 @@ from trainers.pipeline import next_token_loss
 LAUNCH = Path(generate_sharded.__file__).parent / "launch"
 PROGRAMS = ("torchrun", "srun", "vllm", "python3", "axk1")
 ON_A_CPU = "--use_cpu true --bf16 false --disable_tqdm true --gradient_accumulation_steps 1"
+# What Slurm tells a job on the first of its machines.
+SLURM = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "5"}
 # Writes each argument on a line of its own, and a line of dashes.
 RECORDER = '#!/bin/sh\nprintf "%s\\n" "$(basename "$0")" "$@" ---- >> "$RECORD"\n'
 
@@ -104,9 +106,7 @@ def test_fine_tuning_with_fsdp2_and_expert_parallelism_on_one_machine_and_under_
     config = str(LAUNCH / "sft_fsdp2_ep.yaml")
     _, settings, _ = sft.parse(["--config", config, "--use_cpu", "true"])
     assert settings.model_init_kwargs["distributed_config"]["ep_size"] == 8 and settings.save_only_model
-    (command,) = commands_of(
-        "sft.sbatch", tmp_path, "m", SLURM_JOB_NODELIST="node[7-8]", SLURM_NNODES="2", SLURM_JOB_ID="5"
-    )
+    (command,) = commands_of("sft.sbatch", tmp_path, "m", **SLURM)
     assert command[:2] == ["srun", "torchrun"] and "node7:20005" in command
     given = module_arguments(command, "axk1")
     assert given[:3] == ["sft", "--config", "recipes/launch/sft_fsdp2_ep.yaml"]
@@ -167,6 +167,8 @@ LAUNCHED = {
     "train_pp.sh": "--steps 3 --length 16 --batch 4 --micro-batches 2 --rate 1e-3",
     "sft_fsdp2_ep.yaml": "--use_cpu true --max_steps 3 --logging_steps 1 --learning_rate 2e-3 --warmup_steps 1 "
     "--gradient_checkpointing false --disable_tqdm true",
+    "sft.sbatch": "--use_cpu true --max_steps 1 --gradient_checkpointing false --disable_tqdm true --model_init_kwargs "
+    """'{"distributed_config": {"fsdp_size": 2, "ep_size": 2, "fsdp_mixed_precision": true}}'""",
     "-m axk1 pretrain": "--use_cpu true --model PLANNED --gradient_accumulation_steps 1 --disable_tqdm true",
     "fsdp2.yaml -m axk1 sft": f"{ON_A_CPU} --max_steps 1 --per_device_train_batch_size 2 --probe_steps 0 --eval_strategy no",
     "context_parallel.yaml": "--use_cpu true --bf16 false --disable_tqdm true --max_steps 3 --logging_steps 1 --warmup_steps 1 "
@@ -184,9 +186,13 @@ CUT_IN_TWO = "--num_processes 2 --parallelism_config_dp_shard_size 1 --paralleli
 def started(part: str, folder: Path) -> tuple[str, list[str]]:
     """The module that a process of the documented command runs, with its arguments; GPUs of a script are two."""
     words = documented(part)
+    if words[0] == "sbatch":
+        words = words[1:]
     if words[0].startswith("recipes/launch/"):
         (records := folder / f"stubs-{part}").mkdir()
-        (words,) = commands_of(Path(words[0]).name, records, *words[1:], GPUS="2", TP="2", EP="2", STAGES="2")
+        (words,) = commands_of(Path(words[0]).name, records, *words[1:], GPUS="2", TP="2", EP="2", STAGES="2", **SLURM)
+    if words[0] == "srun":
+        words = words[1:]
     if words[0] == "torchrun":
         launch = torch.distributed.run.get_args_parser().parse_args(words[1:])
     else:
@@ -209,7 +215,7 @@ def test_every_launch_of_the_documentation_is_run_here():
     assert len(lines) == len(LAUNCHED)
 
 
-@pytest.mark.parametrize("part", ["-m axk1 pretrain", "fsdp2.yaml -m axk1 sft", "fsdp2.yaml -m axk1 rl"])
+@pytest.mark.parametrize("part", ["sft.sbatch", "-m axk1 pretrain", "fsdp2.yaml -m axk1 sft", "fsdp2.yaml -m axk1 rl"])
 def test_two_processes_run_a_documented_launch(part, folder, tmp_path):
     """On CPUs accelerate takes DDP where its file says FSDP."""
     run_on_ranks(2, tmp_path, run_module, str(folder), *started(part, tmp_path))
