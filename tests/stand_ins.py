@@ -40,12 +40,12 @@ STAGES = """
 stages:
   - {name: all, tokens: 256, phase: stable, context: 32, batch_tokens: 128, mixture: {web: 0.5, code: 0.5}}
 """
-GSM8K_CARD = """---
-configs:
-- config_name: main
-  data_files: [{split: train, path: train.jsonl}, {split: test, path: test.jsonl}]
----
-"""
+# By what lm-evaluation-harness's tasks divide MMLU-Pro (categories) and CLIcK (beginnings of ids).
+SUBJECTS = (
+    "biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history", "law", "math",
+    "other", "philosophy", "physics", "psychology",
+)  # fmt: skip
+TOPICS = ("economy", "geography", "history", "law", "politics", "popular", "society", "tradition")
 
 
 def make_stand_ins(folder: Path) -> None:
@@ -82,9 +82,7 @@ def write_rows(folder: Path) -> None:
     (folder / "runs/eval/results.json").write_text(json.dumps(RESULTS))
     (folder / "stages.yaml").write_text(STAGES)
     (folder / "sft.yaml").write_text("max_steps: 1\n")
-    write_jsonl(folder / "openai/gsm8k/train.jsonl", sums[:12])
-    write_jsonl(folder / "openai/gsm8k/test.jsonl", sums[12:])
-    (folder / "openai/gsm8k/README.md").write_text(GSM8K_CARD)
+    write_data_set(folder / "openai/gsm8k", train=sums[:12], test=sums[12:])
     worked = (make_row([{"role": "user", "content": f"{n} + 1"}], str(n + 1), f"after {n} comes") for n in range(8))
     save_mode_overlap(build_mode_overlap(worked), folder / "runs/nano/fused/mod.jsonl")
     documents = [
@@ -118,11 +116,33 @@ def write_sources(folder: Path) -> None:
 
 
 def write_harness_tasks(folder: Path) -> None:
-    """A problem each for lm-evaluation-harness's own IFEval and AIME25; of NLTK's folder it matters only that it is there."""
+    """A problem for each task of lm-evaluation-harness in `--tasks paper`; of NLTK's folder it matters only that it is there."""
+    ask, four = {"question": "What is 1 + 1?"}, dict(zip("ABCD", "1234"))
+    kmmlu = [{**ask, **four, "answer": 2}]
+    write_data_set(folder / "HAERAE-HUB/KMMLU", test=kmmlu, dev=kmmlu)
+    # The one of an exam has five choices, and is of both the texts and the functions.
+    ids = ["CSAT_korean_22_40", "TK_4", *(f"KIIP_{topic}_1" for topic in TOPICS)]
+    click = {"paragraph": "", **ask, "choices": list("12345"), "answer": "2"}
+    write_data_set(folder / "EunsuKim/CLIcK", train=[{"id": name, **click} for name in ids])
+    worked = {"cot_content": "A: Let's think step by step. After 1 comes 2. The answer is (B).", "answer": "B"}
+    mmlu = [{**ask, "options": list("123"), **worked, "category": subject} for subject in SUBJECTS]
+    # Five examples stand before a problem.
+    write_data_set(folder / "TIGER-Lab/MMLU-Pro", test=mmlu, validation=mmlu * 5)
+    wrong = {f"Incorrect Answer {n}": str(n + 2) for n in (1, 2, 3)}
+    write_data_set(folder / "Idavidrein/gpqa", train=[{"Question": "What is 1 + 1?", "Correct Answer": "2", **wrong}])
     asked = {"prompt": "Name two numbers without a comma.", "instruction_id_list": ["punctuation:no_comma"]}
-    write_jsonl(folder / "google/IFEval/train.jsonl", [{"key": 1, **asked, "kwargs": [{"num_words": None}]}])
-    write_jsonl(folder / "math-ai/aime25/test.jsonl", [{"id": "0", "problem": "What is 1 + 1?", "answer": "2"}])
+    write_data_set(folder / "google/IFEval", train=[{"key": 1, **asked, "kwargs": [{"num_words": None}]}])
+    write_data_set(folder / "math-ai/aime25", test=[{"id": "0", "problem": "What is 1 + 1?", "answer": "2"}])
+    write_data_set(folder / "HAERAE-HUB/HRM8K", test=[{**ask, "answer": 2.0}])
     (folder / "nltk_data/tokenizers/punkt_tab").mkdir(parents=True)
+
+
+def write_data_set(folder: Path, **splits: list[dict]) -> None:
+    """As the Hub has them: rows by split, and a card that says so, of one subset, `main`."""
+    files = [{"split": split, "path": f"{split}.jsonl"} for split in splits]
+    for split, rows in splits.items():
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps([{'config_name': 'main', 'data_files': files}])}\n---\n")
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -246,17 +246,31 @@ class ThinkFusionTrainer(SFTTrainer):
         super()._run_epoch(*args, **kwargs)
 
     # -- what is seen of each mode -----------------------------------------------------------------------------------
+    def _prepare_context_parallel_inputs(self, model, inputs):
+        context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
+        if "shift_labels" in inputs:
+            # Rows are whole here for the last time: in this context a rank has pieces, and a control token may be another's.
+            modes_BS = mode_of_tokens(inputs["input_ids"], inputs["labels"], self.think_token_id, self.end_think_token_id)
+            self._next_modes_BS = F.pad(modes_BS[:, 1:], (0, 1), value=NO_MODE)
+        return context, inputs
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The parent keeps the per-token losses to itself: a hook is the way to them without a second forward pass or a
         # copy of its method.
-        outputs, labels_BS = [], inputs["labels"]
+        outputs = []
         hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             hook.remove()
-        modes_BS = mode_of_tokens(inputs["input_ids"], labels_BS, self.think_token_id, self.end_think_token_id)
-        sums = loss_by_mode(loss_of_tokens(outputs[0], labels_BS), modes_BS[:, 1:])
+        if "shift_labels" in inputs:
+            labels_BT = inputs["shift_labels"]
+            modes_BT = self._next_modes_BS.gather(1, inputs["position_ids"])
+        else:
+            labels_BT = inputs["labels"][:, 1:]
+            ids = (self.think_token_id, self.end_think_token_id)
+            modes_BT = mode_of_tokens(inputs["input_ids"], inputs["labels"], *ids)[:, 1:]
+        sums = loss_by_mode(loss_of_tokens(outputs[0], labels_BT), modes_BT)
         phase = "train" if self.model.training else "eval"
         self._mode_sums[phase] += self.accelerator.reduce(sums, "sum").cpu()
         return result
@@ -334,13 +348,13 @@ def mode_of_tokens(input_ids_BS: Tensor, labels_BS: Tensor, think_id: int, end_t
     return modes_BS
 
 
-def loss_of_tokens(output, labels_BS: Tensor) -> Tensor:
-    """Negative log-likelihood of every token but the first [B, S-1], detached; of no meaning where the label is -100."""
+def loss_of_tokens(output, labels_BT: Tensor) -> Tensor:
+    """Negative log-likelihood of each position's next token, its label [B, T], detached; of no meaning where that is -100."""
     # TRL 1.16 computes it in its fused head and never builds the logits, 1.14 leaves it to the model.
     if "log_probs" in output:
         return -output.log_probs.detach()
-    logits_BSV = output.logits.detach()[:, :-1].float()
-    return F.cross_entropy(logits_BSV.transpose(1, 2), labels_BS[:, 1:], ignore_index=-100, reduction="none")
+    logits_BTV = output.logits.detach()[:, : labels_BT.shape[1]].float()
+    return F.cross_entropy(logits_BTV.transpose(1, 2), labels_BT, ignore_index=-100, reduction="none")
 
 
 def loss_by_mode(loss_BS: Tensor, modes_BS: Tensor) -> Tensor:

@@ -11,17 +11,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import context_parallel
-from torch.distributed.tensor.experimental._context_parallel._attention import (
-    _templated_ring_attention,
-    _templated_ring_attention_backward,
-)
 from transformers import BitsAndBytesConfig, DynamicCache, modeling_utils
 from transformers.distributed import DistributedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_axk1 import AxK1ForCausalLM
 from modeling_axk1.modeling_axk1 import AxK1Attention
 from modeling_axk1.quantization_axk1 import load_quantized
+from tests.cpu_ring import install_ring
 from trainers.adapters import lora_config
 from trainers.pipeline import pipeline_loss, pipeline_schedule, save_pipeline
 
@@ -134,32 +130,6 @@ def train_pipeline(path: str, out: str, ids: Tensor, micro_batches: int) -> tupl
     return loss, gradients
 
 
-class RingAttention(torch.autograd.Function):
-    """torch's ring attention of context parallelism around the CPU's flash kernel, which torch has not registered for it."""
-
-    @staticmethod
-    def forward(ctx, group, scale, query, key, value):
-        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = _templated_ring_attention(group, 2, op, query, key, value, is_causal=True, scale=scale)
-        ctx.group, ctx.scale = group, scale
-        ctx.save_for_backward(query, key, value, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, value, out, lse = ctx.saved_tensors
-        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-        def backward(*, grad_out, query, key, value, out, logsumexp, is_causal, scale):
-            return op(grad_out, query, key, value, out, logsumexp, 0.0, is_causal, scale=scale)
-
-        arguments = dict(query=query, key=key, value=value, out=out, logsumexp=lse, is_causal=True, scale=ctx.scale)
-        grads = _templated_ring_attention_backward(
-            ctx.group, 2, backward, grad_out=grad.contiguous(), grad_out_name="grad_out", **arguments
-        )
-        return None, None, *grads[:3]
-
-
 def train_context_parallel(path: str, ids: Tensor) -> tuple[Tensor, dict]:
     """(loss, gradients), both means over ranks, of a step in which each rank holds a part of every row's tokens.
 
@@ -167,13 +137,8 @@ def train_context_parallel(path: str, ids: Tensor) -> tuple[Tensor, dict]:
     """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
 
-    def attend(module, query, key, value, attention_mask, scaling, **kwargs):
-        assert attention_mask is None and kwargs["is_causal"]
-        return RingAttention.apply(mesh.get_group(), scaling, query, key, value).transpose(1, 2), None
-
-    ALL_ATTENTION_FUNCTIONS.register("ring", attend)
-    model = AxK1ForCausalLM.from_pretrained(path).train()
-    model.config._attn_implementation = "ring"
+    install_ring()
+    model = AxK1ForCausalLM.from_pretrained(path, attn_implementation="sdpa").train()
     _attach_context_parallel_hooks(model)
     positions = torch.arange(ids.shape[1]).repeat(len(ids), 1)
     labels = F.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()

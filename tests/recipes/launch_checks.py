@@ -3,8 +3,13 @@
 import os
 import runpy
 import sys
+from unittest import mock
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 
 from recipes import generate_sharded, train_pipeline
+from tests.cpu_ring import install_ring
 from trainers import pretrain_run, rl  # noqa: F401  (imported before ranks are forked)
 from trainers.sft import run_sft
 
@@ -28,6 +33,19 @@ def run_module(folder: str, module: str, arguments: list[str]) -> None:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         assert not end.code, f"{module} ended with {end.code}"
+
+
+def run_as_on_gpus(folder: str, module: str, arguments: list[str], environment: dict[str, str]) -> None:
+    """`run_module` with what accelerate's launcher puts into the environment.
+
+    accelerate has FSDP and context parallelism for GPUs, and refuses both where it finds processes on CPUs: here it finds GPUs,
+    which are to be reached by gloo and as device "cpu". All else is its own, and torch's ring goes around the CPU's kernel.
+    """
+    os.environ |= environment | {"ACCELERATE_TORCH_DEVICE": "cpu"}
+    install_ring()
+    found = ("gloo", DistributedType.MULTI_GPU)
+    with mock.patch.object(PartialState, "_prepare_backend", lambda *_, **__: found):
+        run_module(folder, module, arguments)
 
 
 def run_code(folder: str, code: str) -> str:

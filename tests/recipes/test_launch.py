@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed.run
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
@@ -23,7 +24,7 @@ from modeling_axk1.quantization_axk1 import quantized_bytes
 from recipes import generate_sharded, train_pipeline
 from tests.documents import LAUNCHERS, ROOT, blocks_of, commands_in, documented
 from tests.ranks import run_on_ranks
-from tests.recipes.launch_checks import run_code, run_module, run_recipes
+from tests.recipes.launch_checks import run_as_on_gpus, run_code, run_module, run_recipes
 from tests.stand_ins import make_stand_ins
 from trainers import pretrain_run, sft
 from trainers.curriculum import load_curriculum, plan_steps
@@ -32,6 +33,8 @@ from trainers.pipeline import next_token_loss
 LAUNCH = Path(generate_sharded.__file__).parent / "launch"
 PROGRAMS = ("torchrun", "srun", "vllm", "python3", "axk1")
 ON_A_CPU = "--use_cpu true --bf16 false --disable_tqdm true --gradient_accumulation_steps 1"
+# What Slurm tells a job on the first of its machines.
+SLURM = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "5"}
 # Writes each argument on a line of its own, and a line of dashes.
 RECORDER = '#!/bin/sh\nprintf "%s\\n" "$(basename "$0")" "$@" ---- >> "$RECORD"\n'
 
@@ -103,9 +106,7 @@ def test_fine_tuning_with_fsdp2_and_expert_parallelism_on_one_machine_and_under_
     config = str(LAUNCH / "sft_fsdp2_ep.yaml")
     _, settings, _ = sft.parse(["--config", config, "--use_cpu", "true"])
     assert settings.model_init_kwargs["distributed_config"]["ep_size"] == 8 and settings.save_only_model
-    (command,) = commands_of(
-        "sft.sbatch", tmp_path, "m", SLURM_JOB_NODELIST="node[7-8]", SLURM_NNODES="2", SLURM_JOB_ID="5"
-    )
+    (command,) = commands_of("sft.sbatch", tmp_path, "m", **SLURM)
     assert command[:2] == ["srun", "torchrun"] and "node7:20005" in command
     given = module_arguments(command, "axk1")
     assert given[:3] == ["sft", "--config", "recipes/launch/sft_fsdp2_ep.yaml"]
@@ -123,6 +124,7 @@ def test_context_parallelism_and_fsdp2_of_accelerate():
     _, settings, model = sft.parse(
         ["--config", str(LAUNCH.parent / "configs/sft_8gpu.yaml"), "--use_cpu", "true", "--max_length", "32768"]
         + ["--per_device_train_batch_size", "2", "--pad_to_multiple_of", "8", "--attn_implementation", "sdpa"]
+        + ["--probe_batch_size", "1"]
     )
     assert settings.pad_to_multiple_of % (2 * sizes["parallelism_config_cp_size"]) == 0 and not settings.packing
     assert model.attn_implementation == "sdpa"
@@ -165,23 +167,32 @@ LAUNCHED = {
     "train_pp.sh": "--steps 3 --length 16 --batch 4 --micro-batches 2 --rate 1e-3",
     "sft_fsdp2_ep.yaml": "--use_cpu true --max_steps 3 --logging_steps 1 --learning_rate 2e-3 --warmup_steps 1 "
     "--gradient_checkpointing false --disable_tqdm true",
+    "sft.sbatch": "--use_cpu true --max_steps 1 --gradient_checkpointing false --disable_tqdm true --model_init_kwargs "
+    """'{"distributed_config": {"fsdp_size": 2, "ep_size": 2, "fsdp_mixed_precision": true}}'""",
     "-m axk1 pretrain": "--use_cpu true --model PLANNED --gradient_accumulation_steps 1 --disable_tqdm true",
     "fsdp2.yaml -m axk1 sft": f"{ON_A_CPU} --max_steps 1 --per_device_train_batch_size 2 --probe_steps 0 --eval_strategy no",
+    "context_parallel.yaml": "--use_cpu true --bf16 false --disable_tqdm true --max_steps 3 --logging_steps 1 --warmup_steps 1 "
+    "--learning_rate 2e-3 --gradient_accumulation_steps 1 --train_sampling_strategy random --eval_steps 3 --probe_steps 3 "
+    "--probe_max_new_tokens 4",
     "fsdp2.yaml -m axk1 rl": f"{ON_A_CPU} --max_steps 1 --per_device_train_batch_size 4 --num_generations 2 --use_vllm false "
     "--steps_per_generation 1 --max_resample_rounds 1 --max_completion_length 4",
 }
 # Shrunk to nothing, its batches are one row, which two ranks cannot share.
 INSTEAD = {"recipes/k1_stages.yaml": "stages.yaml"}
-# torch has no ring attention for a CPU's kernels: `axk1 sft` would end in NotImplementedError.
-NOT_LAUNCHED = "context_parallel.yaml"
+# What accelerate's launcher is told besides, so that two processes share each row.
+CUT_IN_TWO = "--num_processes 2 --parallelism_config_dp_shard_size 1 --parallelism_config_cp_size 2 --mixed_precision no"
 
 
 def started(part: str, folder: Path) -> tuple[str, list[str]]:
     """The module that a process of the documented command runs, with its arguments; GPUs of a script are two."""
     words = documented(part)
+    if words[0] == "sbatch":
+        words = words[1:]
     if words[0].startswith("recipes/launch/"):
         (records := folder / f"stubs-{part}").mkdir()
-        (words,) = commands_of(Path(words[0]).name, records, *words[1:], GPUS="2", TP="2", EP="2", STAGES="2")
+        (words,) = commands_of(Path(words[0]).name, records, *words[1:], GPUS="2", TP="2", EP="2", STAGES="2", **SLURM)
+    if words[0] == "srun":
+        words = words[1:]
     if words[0] == "torchrun":
         launch = torch.distributed.run.get_args_parser().parse_args(words[1:])
     else:
@@ -200,14 +211,46 @@ def test_every_launch_of_the_documentation_is_run_here():
         for words in commands_in(block.text)
         if words[0].startswith(LAUNCHERS)
     ]
-    assert all(any(part in line for part in (*LAUNCHED, NOT_LAUNCHED)) for line in lines), lines
-    assert len(lines) == len(LAUNCHED) + 1
+    assert all(any(part in line for part in LAUNCHED) for line in lines), lines
+    assert len(lines) == len(LAUNCHED)
 
 
-@pytest.mark.parametrize("part", ["-m axk1 pretrain", "fsdp2.yaml -m axk1 sft", "fsdp2.yaml -m axk1 rl"])
+@pytest.mark.parametrize("part", ["sft.sbatch", "-m axk1 pretrain", "fsdp2.yaml -m axk1 sft", "fsdp2.yaml -m axk1 rl"])
 def test_two_processes_run_a_documented_launch(part, folder, tmp_path):
     """On CPUs accelerate takes DDP where its file says FSDP."""
     run_on_ranks(2, tmp_path, run_module, str(folder), *started(part, tmp_path))
+
+
+def told_by_accelerate(part: str, options: str) -> dict[str, str]:
+    """What the launcher puts into the environment of the documented command's processes."""
+    launch = launch_command_parser().parse_args([*shlex.split(options), *documented(part)[2:]])
+    launch, *_ = _validate_launch_command(launch)
+    return {name: value for name, value in prepare_multi_gpu_env(launch).items() if os.environ.get(name) != value}
+
+
+def test_rows_cut_over_two_processes_train_as_in_one(folder, tmp_path, monkeypatch):
+    """accelerate's FSDP2 and context parallelism, with all that its launcher and the recipe ask for."""
+    monkeypatch.chdir(folder)
+    module, arguments = started("context_parallel.yaml", tmp_path)
+    environment = told_by_accelerate("context_parallel.yaml", CUT_IN_TWO)
+    assert (environment["FSDP_VERSION"], environment["PARALLELISM_CONFIG_CP_SIZE"]) == ("2", "2")
+    cut = [*arguments, "--output_dir", str(tmp_path / "cut")]
+    run_on_ranks(2, tmp_path, run_as_on_gpus, str(folder), module, cut, environment)
+    sft.run_sft([*arguments[1:], "--output_dir", str(tmp_path / "whole")])
+    found, truth = (measured_in(tmp_path / name / "checkpoint-3/trainer_state.json") for name in ("cut", "whole"))
+    assert {"grad_norm", "loss_thinking", "loss_non_thinking", "eval_loss", "probe_tokens_thinking"} <= truth.keys()
+    assert found == {name: pytest.approx(values, abs=1e-5) for name, values in truth.items()}
+    found, truth = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "whole"))
+    assert found.keys() == truth.keys()
+    for name, weight in truth.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0, msg=name)
+
+
+def measured_in(state: Path) -> dict[str, list[float]]:
+    """What a trainer logged, by name, without its times."""
+    entries = [entry.items() for entry in json.loads(state.read_text())["log_history"]]
+    names = {name for entry in entries for name, _ in entry if "runtime" not in name and "per_second" not in name}
+    return {name: [value for entry in entries for key, value in entry if key == name] for name in names}
 
 
 def test_two_processes_run_the_documented_code(folder, tmp_path):
