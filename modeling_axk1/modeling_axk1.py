@@ -736,7 +736,7 @@ class AxK1PreTrainedModel(QuantizesExperts, PreTrainedModel):
     config: AxK1Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["AxK1DecoderLayer", "AxK1MTPLayer"]
+    _no_split_modules = ["AxK1DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -856,6 +856,8 @@ def drop_absent_mtp_layers(model: AxK1PreTrainedModel, missing_keys: set[str]) -
         "is off and the loaded configuration says 0."
     )
     del base.layers[layers:]
+    for holder in (base, model):
+        holder._no_split_modules = set(holder._no_split_modules) - {"AxK1MTPLayer"}
     model.config.num_nextn_predict_layers = 0
     ignored = model._keys_to_ignore_on_load_missing or ()
     model._keys_to_ignore_on_load_missing = {*ignored, *(re.escape(prefix + at) for at in places)}
@@ -874,6 +876,9 @@ class AxK1Model(AxK1PreTrainedModel):
         self.norm = AxK1RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = AxK1RotaryEmbedding(config)
         self.gradient_checkpointing = False
+        if config.num_nextn_predict_layers:
+            # accelerate's FSDP refuses the name of a layer that the model does not have.
+            self._no_split_modules = [*self._no_split_modules, "AxK1MTPLayer"]
         # Stock transformers drops the dense layers' unused norms when it saves.
         dense = [i for i, kind in enumerate(config.mlp_layer_types) if kind == "dense"]
         self._keys_to_ignore_on_load_missing = [

@@ -484,3 +484,22 @@ def test_recomputation_and_recorded_outputs_leave_the_layer_alone(save):
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for ours_, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours_, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_layers_that_are_kept_whole_are_there(layers, tmp_path):
+    """accelerate's FSDP refuses the name of a layer that the model does not have."""
+    config = random_config(1, num_nextn_predict_layers=layers)
+    model = ours(config)
+    assert named_and_there(model) == {"AxK1DecoderLayer", *(["AxK1MTPLayer"] if layers else [])}
+    # The configuration promises prediction layers that the file lacks.
+    ours(random_config(1)).save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    loaded = AxK1ForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.num_nextn_predict_layers == 0 and named_and_there(loaded) == {"AxK1DecoderLayer"}
+
+
+def named_and_there(model) -> set[str]:
+    named = set(model._no_split_modules)
+    assert named <= {type(module).__name__ for module in model.modules()}
+    return named

@@ -217,8 +217,11 @@ def test_every_launch_of_the_documentation_is_run_here():
 
 @pytest.mark.parametrize("part", ["sft.sbatch", "-m axk1 pretrain", "fsdp2.yaml -m axk1 sft", "fsdp2.yaml -m axk1 rl"])
 def test_two_processes_run_a_documented_launch(part, folder, tmp_path):
-    """On CPUs accelerate takes DDP where its file says FSDP."""
-    run_on_ranks(2, tmp_path, run_module, str(folder), *started(part, tmp_path))
+    if "fsdp2" in part:
+        environment = told_by_accelerate(part, "--num_processes 2 --mixed_precision no")
+        run_on_ranks(2, tmp_path, run_as_on_gpus, str(folder), *started(part, tmp_path), environment)
+    else:
+        run_on_ranks(2, tmp_path, run_module, str(folder), *started(part, tmp_path))
 
 
 def told_by_accelerate(part: str, options: str) -> dict[str, str]:
