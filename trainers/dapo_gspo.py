@@ -26,6 +26,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import get_soft_overlong_punishment
 
 from modeling_axk1.generation_axk1 import set_thinking_tokens
+from modeling_axk1.quantization_axk1 import is_packed
 from trainers.adapters import group_experts
 from trainers.dynamic_sampling import Group, Rollout, fill_slots, group_rollouts, groups_to_ask, mode_metrics
 from trainers.launching import load_policy, settle_losses
@@ -232,6 +233,11 @@ class DapoGspoTrainer(GRPOTrainer):
         if Version(trl.__version__) < Version("1.16"):
             raise ImportError(f"DapoGspoTrainer needs TRL 1.16, found {trl.__version__}; use Python 3.11 or later.")
         model, processing_class = load_policy(model, args, processing_class, quantization_config)
+        if args.use_vllm and any(map(is_packed, model.modules())):
+            raise ValueError(
+                "use_vllm=True sends a policy's weights as a checkpoint stores them and this one's experts are quantised; "
+                "load it without quantization_config, or set use_vllm=False."
+            )
         settle_losses(model, args)
         set_thinking_tokens(model.generation_config, processing_class)
         settings = model.generation_config
@@ -266,7 +272,7 @@ class DapoGspoTrainer(GRPOTrainer):
             peft_config=group_experts(peft_config, model),
         )
         if self.use_vllm:
-            # TRL's module and ours import vLLM.
+            # Imports vLLM, and needs TRL 1.16.
             from .vllm_rollouts import StoredWeightsGeneration
 
             self.vllm_generation = StoredWeightsGeneration(self.vllm_generation)

@@ -8,6 +8,7 @@ halves of kv_b_proj, packed experts), which then stays as it was.
 from collections.abc import Iterator
 from itertools import chain
 
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 from trl.generation.vllm_generation import VLLMGeneration
@@ -28,8 +29,9 @@ class StoredWeightsGeneration(VLLMGeneration):
 
     def _iter_stored(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of a checkpoint, a layer's stacked experts at most at a time."""
+        model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         for name, tensor in chain(super()._iter_named_params(), self._iter_balancing_biases()):
-            yield from revert_weight_conversion(self.model, {name: tensor}).items()
+            yield from revert_weight_conversion(model, {name: tensor}).items()
 
     def _iter_balancing_biases(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers, which TRL leaves out; vLLM counts them among a router's weights, and takes all of those or none."""

@@ -11,7 +11,7 @@ import torch
 import trl
 from datasets import Dataset
 from packaging.version import Version
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from modeling_axk1 import AxK1ForCausalLM
@@ -160,6 +160,15 @@ def test_old_trl_is_refused_in_one_sentence(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(trl, "__version__", "1.14.2")
     with pytest.raises(ImportError, match="needs TRL 1.16, found 1.14.2; use Python 3.11"):
         DapoGspoTrainer(llama(tokenizer), judge_text, settings(tmp_path), Dataset.from_list(questions(4)))
+
+
+def test_quantised_experts_do_not_go_to_vllm(tokenizer, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    axk1(tokenizer).save_pretrained(tmp_path)
+    packed = AxK1ForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    with pytest.raises(ValueError, match="experts are quantised; load it without quantization_config"):
+        DapoGspoTrainer(packed, judge_text, settings(tmp_path, use_vllm=True), Dataset.from_list(questions(4)),
+                        processing_class=tokenizer)  # fmt: skip
 
 
 # -- settings -----------------------------------------------------------------------------------------------------------
