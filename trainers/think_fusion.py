@@ -88,7 +88,7 @@ class ThinkFusionConfig(SFTConfig):
     probe_steps: int = field(
         default=100,
         metadata={
-            "help": "Every so many steps the probe prompts are answered in both modes; a multiple of logging_steps."
+            "help": "Every so many steps the probe prompts are answered in both modes; a multiple of logging_steps, 0 for never."
         },
     )
     probe_max_new_tokens: int = field(default=512, metadata={"help": "An answer's limit in the probe."})
@@ -177,7 +177,7 @@ class ThinkFusionTrainer(SFTTrainer):
             )
         set_thinking_tokens(model.generation_config, processing_class)
         self.think_token_id, self.end_think_token_id = processing_class.convert_tokens_to_ids([THINK, END_THINK])
-        self.probe_prompts = list(probe_prompts)
+        self.probe_prompts = list(probe_prompts) if args.probe_steps else []
         choose_packing(args, model.config._attn_implementation)
         kwargs["peft_config"] = group_experts(kwargs.get("peft_config"), model)
         super().__init__(model, args, processing_class=processing_class, **kwargs)
@@ -221,9 +221,7 @@ class ThinkFusionTrainer(SFTTrainer):
                 "tokenized rows do not show mode and prompt; give rows with prompt and completion to pair or mix them."
             )
         pairs = pair_rows(modes, rows["prompt_key"]) if self.args.pairing == "paired" else None
-        # Batches of an update over all devices; rows of a batch.
-        batches = self.args.gradient_accumulation_steps * self.args.world_size
-        step_units = max(batches * self._train_batch_size // (2 if pairs else 1), 1)
+        step_units = max(self.get_total_train_batch_size(self.args) // (2 if pairs else 1), 1)
         by_length = self.args.train_sampling_strategy == "group_by_length"
 
         def order(epoch: int) -> list[int]:

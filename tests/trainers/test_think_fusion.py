@@ -496,6 +496,10 @@ def test_probe_is_logged_and_changes_nothing(build, tokenizer, tmp_path):
     assert all(torch.equal(tensor, twin[name]) for name, tensor in probed.model.state_dict().items())
     with pytest.raises(ValueError, match="probe_steps=3 is no multiple of logging_steps=2"):
         trainer_of(build(), tokenizer, tmp_path, probe_prompts=[ask("1")], probe_steps=3, logging_steps=2)
+    never = settings | {"probe_steps": 0, "max_steps": 1}
+    silent = trainer_of(build(), tokenizer, tmp_path, probe_prompts=[ask("1")], **never)
+    silent.train()
+    assert not any("probe_format_error_thinking" in log for log in silent.state.log_history)
 
 
 @pytest.mark.parametrize(("says", "thinking_error"), [("</think>", 1.0), ("<|im_end|>", 1.0), ("four", 0.0)])
