@@ -96,6 +96,11 @@ class OneModel(ModelManager):
         # Set after the parent's constructor, which would load it.
         self.force_model = name
 
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        """The name that requests use, which theirs puts a revision behind."""
+        return model_id
+
     def load_model_and_processor(self, *args, **kwargs):
         return self.model, self.tokenizer
 
@@ -141,6 +146,11 @@ class ThinkingChatHandler(ChatCompletionHandler):
 
     async def handle_request(self, body: dict, request_id: str):
         return await super().handle_request(read_request(body), request_id)
+
+    @staticmethod
+    def get_processor_inputs_from_messages(messages: list[dict], modality) -> list[dict]:
+        """As `read_request` gives them: theirs drops thoughts, and the words of a message that has `tool_calls`."""
+        return messages
 
     def _build_generation_config(self, body: dict, *args, **kwargs) -> GenerationConfig:
         config = super()._build_generation_config(body, *args, **kwargs)

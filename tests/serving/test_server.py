@@ -50,6 +50,7 @@ def test_both_modes(served):
     assert len(tokenizer(thinking.message.reasoning_content)["input_ids"]) <= 5
     assert direct.message.content and not hasattr(direct.message, "reasoning_content")
     assert default.message == direct.message
+    assert client.chat.completions.create(**GREEDY).model == "tiny-axk1"
     for text in (thinking.message.content, thinking.message.reasoning_content, direct.message.content):
         assert "think>" not in text and "<|" not in text
 
@@ -101,6 +102,42 @@ def test_tools_and_history_are_accepted(served):
     reply = client.chat.completions.create(**(GREEDY | {"messages": history}), tools=[tool])
     assert reply.choices[0].message.content
     assert reply.usage.prompt_tokens > 100
+
+
+@pytest.fixture
+def prompt_of(served, monkeypatch):
+    """The text that a request makes the model read."""
+    client, tokenizer = served
+    read, generate = [], AxK1ForCausalLM.generate
+
+    def reading(self, **kwargs):
+        read.append(tokenizer.decode(kwargs["input_ids"][0]))
+        return generate(self, **kwargs)
+
+    monkeypatch.setattr(AxK1ForCausalLM, "generate", reading)
+
+    def ask(messages: list[dict]) -> str:
+        client.chat.completions.create(**(GREEDY | {"messages": messages, "max_tokens": 1}))
+        return read.pop()
+
+    return ask
+
+
+def test_an_answer_goes_back_as_openais_client_dumps_it(served, prompt_of):
+    answer = served[0].chat.completions.create(**GREEDY).choices[0].message.model_dump()
+    assert answer["tool_calls"] is None and answer["content"]
+    for calls in (None, []):
+        assert f"</think>{answer['content']}<|im_end|>" in prompt_of([*QUESTION, answer | {"tool_calls": calls}, *QUESTION])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spelled"), [('{"a": 1}', '{"a": 1}'), ('{"a": ', '{"a": '), ("", "{}")], ids=["json", "none", "empty"]
+)
+def test_a_call_goes_back_with_its_thought_and_its_words(prompt_of, arguments, spelled):
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    called = {"role": "assistant", "reasoning_content": "to add", "content": "I add.", "tool_calls": [call]}
+    prompt = prompt_of([*QUESTION, called, {"role": "tool", "tool_call_id": "1", "content": "3"}])
+    assert f'<think>to add</think>I add.\n<tool_call>\n{{"name": "add", "arguments": {spelled}}}\n</tool_call>' in prompt
 
 
 def test_a_request_may_sample_where_the_default_is_greedy(served):
@@ -184,6 +221,11 @@ def test_a_request_without_messages_is_answered(served):
         ({"chat_template_kwargs": {"tokenize": False}}, "holds tokenize, which this server sets; leave it out"),
         ({"messages": [{"role": "assistant", "content": "a", "tool_calls": 5}]}, "messages[0] has the tool_calls 5; give"),
         ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}]}, "and arguments"),
+        ({"messages": [{"role": "assistant", "content": "a", "reasoning_content": 5}]}, "has the reasoning_content 5; give a"),
+        ({"tools": 5}, "tools=5 is no list of functions"),
+        ({"generation_config": 5}, "generation_config is not read here"),
+        ({"frequency_penalty": -1}, "frequency_penalty=-1 is not a number from -0.9 to 2"),
+        ({"chat_template_kwargs": {"truncation": True}}, "holds truncation, which is no variable of the template"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "holds half a character"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
