@@ -32,6 +32,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 from transformers.utils.versions import require_version
 
+from serving.answers import AnswerParser, as_openai_ends, in_one_piece, take_any_call
 from serving.loading import load_for_chat, sampling
 from serving.requests import read_request
 
@@ -70,6 +71,9 @@ def _in_mode(model, inputs: dict, config: GenerationConfig) -> dict:
     tokens, positions = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if tokens >= positions:
         raise ValueError(f"The prompt has {tokens:,} tokens and the model {positions:,} positions; shorten it.")
+    rows = model.get_output_embeddings().weight.shape[0]
+    if outside := [token for (token,) in config.sequence_bias or {} if token >= rows]:
+        raise ValueError(f"logit_bias names token {outside[0]} and the model has {rows:,}; leave it out.")
     # A model that never ends its turn would write on without positions.
     config.max_new_tokens = min(config.max_new_tokens, positions - tokens)
     thinking = inputs["input_ids"][0, -1].item() == model.generation_config.think_token_id
@@ -77,7 +81,8 @@ def _in_mode(model, inputs: dict, config: GenerationConfig) -> dict:
 
 
 def _error(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
-    error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": param, "code": code}
     return JSONResponse({"error": error}, status_code=status)
 
 
@@ -92,7 +97,7 @@ class OneModel(ModelManager):
 
     def __init__(self, model, tokenizer, name: str):
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = model, take_any_call(tokenizer)
         # Set after the parent's constructor, which would load it.
         self.force_model = name
 
@@ -111,21 +116,14 @@ class OneModel(ModelManager):
 class ThinkingGenerateManager(GenerateManager):
     """Generate in the mode that the prompt's last token names, with its format enforced."""
 
-    def generate_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
-        return super().generate_streaming(
-            model, processor, _in_mode(model, inputs, gen_config), gen_config, *args, **kwargs
-        )
-
-    async def generate_non_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
-        unheard = threading.Event()
-        inputs = _in_mode(model, inputs, gen_config) | {"stopping_criteria": [Interruption(unheard)]}
-        generating = super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
-        try:
-            # Its thread has to end by itself, and finds the result wanted.
-            return await asyncio.shield(generating)
-        except asyncio.CancelledError:
-            unheard.set()
-            raise
+    def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
+        inputs = _in_mode(model, inputs, gen_config)
+        if response_parser is not None:
+            # Theirs would stop in a thought too, and leave the stop text in the answer.
+            stop, gen_config.stop_strings, stopped = gen_config.stop_strings or [], None, threading.Event()
+            response_parser = AnswerParser(response_parser, stop, stopped)
+            inputs |= {"stopping_criteria": [Interruption(stopped)]}
+        return super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
 
 
 class ThinkingState(GenerationState):
@@ -151,6 +149,18 @@ class ThinkingChatHandler(ChatCompletionHandler):
     def get_processor_inputs_from_messages(messages: list[dict], modality) -> list[dict]:
         """As `read_request` gives them: theirs drops thoughts, and the words of a message that has `tool_calls`."""
         return messages
+
+    def _streaming(self, *args, **kwargs):
+        response = super()._streaming(*args, **kwargs)
+        response.body_iterator = as_openai_ends(response.body_iterator)
+        return response
+
+    async def _non_streaming(self, request_id: str, model, processor, model_id: str, *args, **kwargs) -> JSONResponse:
+        """The stream in one piece, so that both say the same."""
+        stream = self._streaming(request_id, model, processor, model_id, *args, **kwargs)
+        message, last = await in_one_piece(stream.body_iterator)
+        end = {"finish_reason": last["choices"][0]["finish_reason"], "usage": last["usage"]}
+        return JSONResponse(self._build_completion(request_id, model_id=model_id, **end, **message))
 
     def _build_generation_config(self, body: dict, *args, **kwargs) -> GenerationConfig:
         config = super()._build_generation_config(body, *args, **kwargs)
@@ -219,6 +229,10 @@ def build_app(model, tokenizer, *, name: str, think: bool = False) -> FastAPI:
     @app.exception_handler(TemplateError)
     async def refuse_by_template(_: Request, error: TemplateError):
         return _error(400, str(error))
+
+    @app.exception_handler(RuntimeError)
+    async def fail(_: Request, error: RuntimeError):
+        return _error(500, str(error))
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(_: Request, error: RequestValidationError):

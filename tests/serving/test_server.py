@@ -69,6 +69,54 @@ def test_stream_says_the_same(served, think):
     assert finish == whole.finish_reason
 
 
+@pytest.fixture
+def says(served, monkeypatch):
+    """A text for the model to say, token by token, whatever is asked."""
+    client, tokenizer = served
+    script, forward = [], AxK1ForCausalLM.forward
+
+    def scripted(self, input_ids=None, **kwargs):
+        output = forward(self, input_ids=input_ids, **kwargs)
+        output.logits[:, -1] = -50.0
+        output.logits[:, -1, script.pop(0)] = 50.0
+        return output
+
+    monkeypatch.setattr(AxK1ForCausalLM, "forward", scripted)
+    return lambda text: script.__setitem__(slice(None), tokenizer.encode(f"{text}<|im_end|>", add_special_tokens=False))
+
+
+def test_whole_and_streamed_a_stop_text_is_cut_off_and_a_wrong_call_is_text(served, says):
+    client, _ = served
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": }}\n</tool_call>'
+    said = f'20 first</think>I add {call} <tool_call>{{"name": "add", "arguments": {{"a": 1}}}}</tool_call> 200'
+    body = GREEDY | {"max_tokens": 200, "stop": ["x", "20"], **mode(True)}
+    says(said)
+    whole = client.chat.completions.create(**body)
+    says(said)
+    chunks = list(client.chat.completions.create(**body, stream=True))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert whole.choices[0].message.content == f"I add{call}"
+    assert whole.choices[0].message.reasoning_content == "20 first"
+    assert "".join(delta.content or "" for delta in deltas).strip() == f"I add{call}"
+    [called], [streamed] = whole.choices[0].message.tool_calls, [d.tool_calls[0] for d in deltas if d.tool_calls]
+    assert called.function.model_dump() == streamed.function.model_dump() == {"name": "add", "arguments": '{"a": 1}'}
+    assert chunks[-1].usage == whole.usage and chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_a_stream_ends_as_openais_and_an_error_in_it_is_json(served, monkeypatch):
+    body = GREEDY | {"stream": True}
+    assert httpx.post(f"{served[0].base_url}chat/completions", json=body).text.endswith("\n\ndata: [DONE]\n\n")
+
+    def broken(self, **kwargs):
+        raise RuntimeError('out of "memory"\n\nof the GPU')
+
+    monkeypatch.setattr(AxK1ForCausalLM, "forward", broken)
+    events = httpx.post(f"{served[0].base_url}chat/completions", json=body).text.split("\n\n")
+    assert json.loads(events[-3].removeprefix("data: "))["error"]["message"] == 'out of "memory"\n\nof the GPU'
+    with pytest.raises(openai.InternalServerError, match='out of "memory"'):
+        served[0].chat.completions.create(**GREEDY)
+
+
 def test_a_cut_thought_has_no_answer(served):
     client, _ = served
     # The ban keeps the block open: what comes is all thought.
@@ -217,6 +265,7 @@ def test_a_request_without_messages_is_answered(served):
         ({"top_logprobs": 3}, "logprobs are not given"),
         ({"seed": 10**30}, "is not a whole number of 64 bits"),
         ({"thinking_budget": 10**30}, "is not a number of tokens from 0 and below 2**63"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias names token 99999"),
         ({"logit_bias": {"5": 10**400}}, "is no table of token ids"),
         ({"chat_template_kwargs": {"tokenize": False}}, "holds tokenize, which this server sets; leave it out"),
         ({"messages": [{"role": "assistant", "content": "a", "tool_calls": 5}]}, "messages[0] has the tool_calls 5; give"),
