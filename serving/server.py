@@ -123,6 +123,9 @@ class ThinkingGenerateManager(GenerateManager):
             stop, gen_config.stop_strings, stopped = gen_config.stop_strings or [], None, threading.Event()
             response_parser = AnswerParser(response_parser, stop, stopped)
             inputs |= {"stopping_criteria": [Interruption(stopped)]}
+        if gen_config.seed is not None:
+            # On its thread, in its turn: the requests that wait before it would draw the seed's numbers.
+            self.submit(torch.manual_seed, gen_config.seed)
         return super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
 
 
@@ -163,7 +166,9 @@ class ThinkingChatHandler(ChatCompletionHandler):
         return JSONResponse(self._build_completion(request_id, model_id=model_id, **end, **message))
 
     def _build_generation_config(self, body: dict, *args, **kwargs) -> GenerationConfig:
-        config = super()._build_generation_config(body, *args, **kwargs)
+        rest = {name: value for name, value in body.items() if name != "seed"}
+        config = super()._build_generation_config(rest, *args, **kwargs)
+        config.seed = body.get("seed")
         if body.get("temperature"):
             # Theirs turns sampling off at 0 and never on: a greedy default must not swallow the request.
             config.do_sample = True

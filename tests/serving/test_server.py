@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -195,6 +196,15 @@ def test_a_request_may_sample_where_the_default_is_greedy(served):
     texts = {client.chat.completions.create(**hot, seed=seed).choices[0].message.content for seed in (1, 2, 3)}
     assert len(texts) > 1
     assert len({client.chat.completions.create(**GREEDY, seed=seed).choices[0].message.content for seed in (1, 2)}) == 1
+
+
+def test_a_seed_holds_while_others_ask(served):
+    client, _ = served
+    hot = GREEDY | {"temperature": 5.0, "seed": 1}
+    alone = client.chat.completions.create(**hot).choices[0].message.content
+    with ThreadPoolExecutor(4) as asking:
+        answers = asking.map(lambda _: client.chat.completions.create(**hot).choices[0].message.content, range(4))
+    assert set(answers) == {alone}
 
 
 def test_models_are_listed(served):
