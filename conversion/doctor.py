@@ -110,6 +110,7 @@ def diagnose(folder: str | Path) -> Diagnosis:
     if "quantization_config" in said:
         fact = "the weights are quantised, so names, shapes and dtypes were not held against the config"
         findings.append(Finding("note", (), fact, "examine the unquantised checkpoint"))
+        findings += check_packed(tensors)
     findings += check_files(folder, tensors)
     ordered = sorted(findings, key=lambda each: SEVERITIES.index(each.severity))
     return Diagnosis(str(folder), len(tensors), sum(tensor.nbytes for tensor in tensors.values()), tuple(ordered))
@@ -299,6 +300,21 @@ def with_memory_names(
             memory, shape_there = (norm if name.endswith(POST_NORM) and norm in tensors else None), shape
         found[memory or name] = shape_there if memory else shape
     return found
+
+
+def packed_experts(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """The routed experts' matrices that are stored in 4 or 8 bits, as this library saves them and no other reads them."""
+    return [
+        tensor.name
+        for tensor in tensors.values()
+        if SEPARATE_EXPERT.fullmatch(tensor.name) and not tensor.dtype.is_floating_point
+    ]
+
+
+def check_packed(tensors: Mapping[str, StoredTensor]) -> Iterator[Finding]:
+    if packed := packed_experts(tensors):
+        fact = f"{len(packed)} matrices of routed experts are quantised: this library alone reads them, no engine without it"
+        yield Finding("warning", ALL, fact, "import modeling_axk1 in transformers, else dequantize() the model and save it")
 
 
 def check_tied(stored: bool) -> Iterator[Finding]:

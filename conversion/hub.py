@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from conversion.checkpoint import INDEX_NAME, listed, open_checkpoint, read_json
 from conversion.convert import TOKENIZER_FILES
-from conversion.doctor import PICKLES, Diagnosis, diagnose
+from conversion.doctor import PICKLES, Diagnosis, diagnose, packed_experts
 from modeling_axk1.configuration_axk1 import AxK1Config, count_parameters, in_units
 
 # What the Hub takes for `base_model_relation`.  [its documentation of model cards]
@@ -180,7 +180,8 @@ def model_card(folder: Path, repo: str, said: dict, settings: CardSettings) -> s
         raise ValueError(f"{path} is no text in UTF-8 ({error}); save it as such.") from error
     results = read_results(settings.results) if settings.results else {}
     data = metadata(repo, said, _old_metadata(path, old), settings, results)
-    ours = "\n\n".join([BEGIN, *sections(repo, said, data, settings, results), END])
+    packed = bool(packed_experts(open_checkpoint(folder)))
+    ours = "\n\n".join([BEGIN, *sections(repo, said, data, settings, results, packed=packed), END])
     # The folder's own metadata is merged above, its text stays below.
     body = FRONT_MATTER.sub("", old).strip()
     before, _, rest = body.partition(BEGIN)
@@ -269,10 +270,12 @@ def evaluations(results: dict) -> list[EvalResult]:
     ]
 
 
-def sections(repo: str, said: dict, data: ModelCardData, settings: CardSettings, results: dict) -> list[str]:
+def sections(
+    repo: str, said: dict, data: ModelCardData, settings: CardSettings, results: dict, *, packed: bool
+) -> list[str]:
     config = AxK1Config.from_dict({**said, "model_type": AxK1Config.model_type})
     pieces = [f"# {repo.split('/')[-1]}", summary(config, data), "## Architecture", architecture(config)]
-    pieces += ["## Two modes", usage(repo, "auto_map" in said)]
+    pieces += ["## Two modes", usage(repo, "auto_map" in said, packed)]
     if results:
         pieces += ["## Evaluation", evaluation(results)]
     if settings.recipe:
@@ -314,9 +317,12 @@ def architecture(config: AxK1Config) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
-def usage(repo: str, remote_code: bool) -> str:
+def usage(repo: str, remote_code: bool, packed: bool) -> str:
+    """`packed`: routed experts are quantised, which transformers' own class does not read."""
     trust = ", trust_remote_code=True" if remote_code else ""
     library = "no library but transformers is needed" if remote_code else "transformers' own class reads the same files"
+    if packed:
+        library = "bitsandbytes is needed" if remote_code else "after `import modeling_axk1`: transformers' own class fails"
     return f"""`enable_thinking` in the chat template decides the mode: `<think>` or `</think>` ends the prompt.
 
 ```python
