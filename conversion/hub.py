@@ -175,7 +175,8 @@ def model_card(folder: Path, repo: str, said: dict, settings: CardSettings) -> s
     """README.md: complete metadata, our sections, and around them what a person wrote in the folder's own README.md."""
     path = folder / "README.md"
     try:
-        old = path.read_text(encoding="utf-8") if path.is_file() else ""
+        # Some editors begin a file with a mark of the byte order, behind which metadata would go unseen.
+        old = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error}); save it as such.") from error
     results = read_results(settings.results) if settings.results else {}
@@ -195,9 +196,15 @@ def _old_metadata(path: Path, text: str) -> dict:
     if not FRONT_MATTER.match(text):
         return {}
     try:
-        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        said = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except Exception as error:
         raise ValueError(f"{path} begins with metadata that is not YAML ({error}); mend or remove it.") from error
+    for name in ("license", "base_model", "base_model_relation", "language", "tags"):
+        values = said.get(name) if isinstance(said.get(name), list) else [said.get(name)]
+        # YAML takes an unquoted no, Norwegian, for false.
+        if not all(value is None or isinstance(value, str) for value in values):
+            raise ValueError(f"{path} has the {name} {said[name]!r}, which is no text; write it in quotes.")
+    return said
 
 
 def metadata(repo: str, said: dict, old: dict, settings: CardSettings, results: dict) -> ModelCardData:
@@ -211,7 +218,8 @@ def metadata(repo: str, said: dict, old: dict, settings: CardSettings, results: 
         )
     base = settings.base_model or old.get("base_model")
     base = [base] if isinstance(base, str) else list(base or [])
-    merged = "merge" in (old.get("tags") or [])
+    tags = [old["tags"]] if isinstance(old.get("tags"), str) else old.get("tags") or []
+    merged = "merge" in tags
     relation = settings.relation or old.get("base_model_relation") or infer_relation(said, base, merged)
     if relation is not None and (relation not in RELATIONS or not base):
         raise ValueError(
@@ -229,7 +237,7 @@ def metadata(repo: str, said: dict, old: dict, settings: CardSettings, results: 
             "language": [language] if isinstance(language, str) else list(language),
             "library_name": "transformers",
             "pipeline_tag": "text-generation",
-            "tags": list(dict.fromkeys([*TAGS, *(old.get("tags") or [])])),
+            "tags": list(dict.fromkeys([*TAGS, *tags])),
             "model_name": repo.split("/")[-1],
             "eval_results": evaluations(results) or None,
         }
@@ -245,6 +253,8 @@ def infer_relation(said: dict, base: Sequence[str], merged: bool) -> str | None:
 
 
 def read_results(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; give the results.json that `axk1 eval` wrote.")
     results = read_json(path)
     rows, named = results.get("results"), {"task", "mode", "metric", "accuracy", "format_error", "problems"}
     whole = isinstance(rows, list) and all(isinstance(row, dict) and named <= row.keys() for row in rows)

@@ -186,6 +186,16 @@ def test_what_a_person_wrote_stays_and_a_second_push_changes_nothing(folder):
     assert ModelCard(plan_push(folder, "me/nano", CardSettings(license="apache-2.0")).card).data.license == "apache-2.0"
 
 
+def test_metadata_that_people_write_is_read(folder):
+    (folder / "README.md").write_text("\ufeff---\nlicense: mit\nlanguage: ko\ntags: mine\n---\nWords.\n", encoding="utf-8")
+    card = ModelCard(plan_push(folder, "me/nano").card)
+    assert (card.data.license, card.data.language, card.data.tags[-1]) == ("mit", ["ko"], "mine")
+    assert "m" not in card.data.tags and card.text.endswith("Words.\n")
+    (folder / "README.md").write_text("---\nlicense: mit\nlanguage: [en, no]\n---\n")
+    with pytest.raises(ValueError, match=r"README.md has the language \['en', False\], which is no text; write it in quotes"):
+        plan_push(folder, "me/nano")
+
+
 @pytest.mark.parametrize(
     "settings, repo, complaint",
     [
@@ -193,6 +203,7 @@ def test_what_a_person_wrote_stays_and_a_second_push_changes_nothing(folder):
         (CardSettings(license="mit"), "me/nano", "no language; give --language ..."),
         (CardSettings("mit", "en", relation="merge"), "me/nano", "'merge' of the base model none says nothing"),
         (CardSettings("mit", "en", ["a/b"], relation="child"), "me/nano", "'child' of the base model a/b"),
+        (CardSettings("mit", "en", results=Path("nowhere.json")), "me/nano", "nowhere.json is no file; give the results.json"),
         (CardSettings("mit", "en", results=Path("config.json")), "me/nano", "config.json holds no results"),
         (SETTINGS, "me/na/no", "Repo id"),
     ],
