@@ -42,6 +42,8 @@ VLLM = ("vLLM",)
 ARCHITECTURES = ["AXK1ForCausalLM"]
 # Read by vLLM from the config without a default, where `model_type` is axk1 and so transformers' own config class is built.
 VLLM_FIELDS = ("topk_method", "scoring_func", "first_k_dense_replace", "moe_layer_freq")
+# Numbers that transformers' own config wants with a point.  [read in its source]
+FLOATS = ("routed_scaling_factor", "initializer_range", "rms_norm_eps")
 # A field, the only value that vLLM's class can run, and what it does whatever the field says.
 VLLM_ONLY = (
     ("attention_bias", False, "creates no biases in attention and skips those on the disk in silence"),
@@ -173,6 +175,10 @@ def check_fields(said: dict) -> Iterator[Finding]:
     if null:
         fact = f"{' and '.join(null)} null: transformers wants a number and vLLM always groups"
         yield Finding("error", ALL, fact, "write 1 and 1 for an ungrouped router")
+    whole = [name for name in FLOATS if type(said.get(name)) is int]
+    if whole:
+        fact = f"{whole[0]} is {said[whole[0]]}, a whole number, which transformers' own config refuses"
+        yield Finding("error", OURS, fact, "load it with AxK1Config and save it again: it is written with its point")
     for name, value, habit in VLLM_ONLY:
         if said.get(name, value) not in (value, None):
             fact = f"{name} is {said[name]!r}, but vLLM {habit}"
