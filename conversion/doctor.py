@@ -444,7 +444,11 @@ def check_tokenizer(folder: Path, config: AxK1Config) -> Iterator[Finding]:
     # Which error it is depends on the file and on the library that reads it.
     except Exception as error:
         fact = f"no tokenizer can be read ({' '.join(str(error).split())[:160]})"
-        yield Finding("warning", ALL, fact, "save one beside the model")
+        if (folder / "tokenizer.json").exists():
+            # A pointer of Git LFS, most often.
+            yield Finding("error", ALL, f"tokenizer.json is there and {fact}", "fetch or save it again")
+        else:
+            yield Finding("warning", ALL, fact, "save one beside the model")
         return
     if len(tokenizer) > config.vocab_size:
         fact = f"the tokenizer has {len(tokenizer):,} tokens, the embedding {config.vocab_size:,} rows"

@@ -189,6 +189,10 @@ FAULTS = {
     ),
     "pickle": (lambda f: (f / "training_args.bin").write_bytes(b""), "note", (), "training_args.bin", CLEAN),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "warning", ALL, "no tokenizer can be read", None),
+    "half a tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"),
+        "error", ALL, "tokenizer.json is there and no tokenizer can be read", None,
+    ),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "warning", ALL, "no chat template", None),
     "training template": (
         lambda f: (f / "chat_template.jinja").write_text(TRAINING_CHAT_TEMPLATE),
