@@ -90,6 +90,8 @@ def _config(model: str):
     from modeling_axk1 import AxK1Config
 
     is_folder = (Path(model) / "config.json").exists()
+    if not is_folder and (Path(model).is_dir() or len(Path(model).parts) > 1):
+        raise ValueError(f"{model}/config.json is missing; give the folder of a model, or a preset.")
     return AxK1Config.from_pretrained(model) if is_folder else AxK1Config.preset(model)
 
 

@@ -62,8 +62,6 @@ def add(commands) -> None:
 def _add_training(commands, name: str, run, summary: str, examples: str, first: str = "[--config FILE.yaml] ") -> None:
     command = add_command(commands, name, run, summary, examples)
     command.usage = f"axk1 {name} {first}[--SETTING VALUE ...]"
-    # A setting that begins like one of ours must not be taken for it.
-    command.allow_abbrev = False
     command.add_argument("--all-settings", action="store_true", help="list every setting")
     command.set_defaults(settings=[])
 

@@ -136,7 +136,9 @@ def print_paper() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate (default: %(default)s)")
     parser.add_argument("--record", action="store_true", help="append the figures to results.csv")
     parser.add_argument("--tune", action="store_true", help="time other blocks of heads and tokens")

@@ -430,7 +430,9 @@ def time_of_layer(layer: tuple, backward: bool, rounds: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--shapes", nargs="+", choices=["k1", "light"], default=["k1", "light"])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate (default: %(default)s)")

@@ -22,7 +22,9 @@ COLUMNS = "date benchmark case candidate milliseconds ratio_to_peer threads mach
 
 def options_parser(description: str, rounds: int) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each candidate (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--record", action="store_true", help="append the figures to results.csv")

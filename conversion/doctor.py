@@ -42,6 +42,8 @@ VLLM = ("vLLM",)
 ARCHITECTURES = ["AXK1ForCausalLM"]
 # Read by vLLM from the config without a default, where `model_type` is axk1 and so transformers' own config class is built.
 VLLM_FIELDS = ("topk_method", "scoring_func", "first_k_dense_replace", "moe_layer_freq")
+# Numbers that transformers' own config wants with a point.  [read in its source]
+FLOATS = ("routed_scaling_factor", "initializer_range", "rms_norm_eps")
 # A field, the only value that vLLM's class can run, and what it does whatever the field says.
 VLLM_ONLY = (
     ("attention_bias", False, "creates no biases in attention and skips those on the disk in silence"),
@@ -110,6 +112,7 @@ def diagnose(folder: str | Path) -> Diagnosis:
     if "quantization_config" in said:
         fact = "the weights are quantised, so names, shapes and dtypes were not held against the config"
         findings.append(Finding("note", (), fact, "examine the unquantised checkpoint"))
+        findings += check_packed(tensors)
     findings += check_files(folder, tensors)
     ordered = sorted(findings, key=lambda each: SEVERITIES.index(each.severity))
     return Diagnosis(str(folder), len(tensors), sum(tensor.nbytes for tensor in tensors.values()), tuple(ordered))
@@ -172,6 +175,10 @@ def check_fields(said: dict) -> Iterator[Finding]:
     if null:
         fact = f"{' and '.join(null)} null: transformers wants a number and vLLM always groups"
         yield Finding("error", ALL, fact, "write 1 and 1 for an ungrouped router")
+    whole = [name for name in FLOATS if type(said.get(name)) is int]
+    if whole:
+        fact = f"{whole[0]} is {said[whole[0]]}, a whole number, which transformers' own config refuses"
+        yield Finding("error", OURS, fact, "load it with AxK1Config and save it again: it is written with its point")
     for name, value, habit in VLLM_ONLY:
         if said.get(name, value) not in (value, None):
             fact = f"{name} is {said[name]!r}, but vLLM {habit}"
@@ -301,6 +308,21 @@ def with_memory_names(
     return found
 
 
+def packed_experts(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """The routed experts' matrices that are stored in 4 or 8 bits, as this library saves them and no other reads them."""
+    return [
+        tensor.name
+        for tensor in tensors.values()
+        if SEPARATE_EXPERT.fullmatch(tensor.name) and not tensor.dtype.is_floating_point
+    ]
+
+
+def check_packed(tensors: Mapping[str, StoredTensor]) -> Iterator[Finding]:
+    if packed := packed_experts(tensors):
+        fact = f"{len(packed)} matrices of routed experts are quantised: this library alone reads them, no engine without it"
+        yield Finding("warning", ALL, fact, "import modeling_axk1 in transformers, else dequantize() the model and save it")
+
+
 def check_tied(stored: bool) -> Iterator[Finding]:
     if stored:
         fact = (
@@ -422,7 +444,11 @@ def check_tokenizer(folder: Path, config: AxK1Config) -> Iterator[Finding]:
     # Which error it is depends on the file and on the library that reads it.
     except Exception as error:
         fact = f"no tokenizer can be read ({' '.join(str(error).split())[:160]})"
-        yield Finding("warning", ALL, fact, "save one beside the model")
+        if (folder / "tokenizer.json").exists():
+            # A pointer of Git LFS, most often.
+            yield Finding("error", ALL, f"tokenizer.json is there and {fact}", "fetch or save it again")
+        else:
+            yield Finding("warning", ALL, fact, "save one beside the model")
         return
     if len(tokenizer) > config.vocab_size:
         fact = f"the tokenizer has {len(tokenizer):,} tokens, the embedding {config.vocab_size:,} rows"

@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from conversion.checkpoint import INDEX_NAME, listed, open_checkpoint, read_json
 from conversion.convert import TOKENIZER_FILES
-from conversion.doctor import PICKLES, Diagnosis, diagnose
+from conversion.doctor import PICKLES, Diagnosis, diagnose, packed_experts
 from modeling_axk1.configuration_axk1 import AxK1Config, count_parameters, in_units
 
 # What the Hub takes for `base_model_relation`.  [its documentation of model cards]
@@ -175,12 +175,14 @@ def model_card(folder: Path, repo: str, said: dict, settings: CardSettings) -> s
     """README.md: complete metadata, our sections, and around them what a person wrote in the folder's own README.md."""
     path = folder / "README.md"
     try:
-        old = path.read_text(encoding="utf-8") if path.is_file() else ""
+        # Some editors begin a file with a mark of the byte order, behind which metadata would go unseen.
+        old = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error}); save it as such.") from error
     results = read_results(settings.results) if settings.results else {}
     data = metadata(repo, said, _old_metadata(path, old), settings, results)
-    ours = "\n\n".join([BEGIN, *sections(repo, said, data, settings, results), END])
+    packed = bool(packed_experts(open_checkpoint(folder)))
+    ours = "\n\n".join([BEGIN, *sections(repo, said, data, settings, results, packed=packed), END])
     # The folder's own metadata is merged above, its text stays below.
     body = FRONT_MATTER.sub("", old).strip()
     before, _, rest = body.partition(BEGIN)
@@ -194,9 +196,15 @@ def _old_metadata(path: Path, text: str) -> dict:
     if not FRONT_MATTER.match(text):
         return {}
     try:
-        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        said = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except Exception as error:
         raise ValueError(f"{path} begins with metadata that is not YAML ({error}); mend or remove it.") from error
+    for name in ("license", "base_model", "base_model_relation", "language", "tags"):
+        values = said.get(name) if isinstance(said.get(name), list) else [said.get(name)]
+        # YAML takes an unquoted no, Norwegian, for false.
+        if not all(value is None or isinstance(value, str) for value in values):
+            raise ValueError(f"{path} has the {name} {said[name]!r}, which is no text; write it in quotes.")
+    return said
 
 
 def metadata(repo: str, said: dict, old: dict, settings: CardSettings, results: dict) -> ModelCardData:
@@ -210,7 +218,8 @@ def metadata(repo: str, said: dict, old: dict, settings: CardSettings, results: 
         )
     base = settings.base_model or old.get("base_model")
     base = [base] if isinstance(base, str) else list(base or [])
-    merged = "merge" in (old.get("tags") or [])
+    tags = [old["tags"]] if isinstance(old.get("tags"), str) else old.get("tags") or []
+    merged = "merge" in tags
     relation = settings.relation or old.get("base_model_relation") or infer_relation(said, base, merged)
     if relation is not None and (relation not in RELATIONS or not base):
         raise ValueError(
@@ -228,7 +237,7 @@ def metadata(repo: str, said: dict, old: dict, settings: CardSettings, results: 
             "language": [language] if isinstance(language, str) else list(language),
             "library_name": "transformers",
             "pipeline_tag": "text-generation",
-            "tags": list(dict.fromkeys([*TAGS, *(old.get("tags") or [])])),
+            "tags": list(dict.fromkeys([*TAGS, *tags])),
             "model_name": repo.split("/")[-1],
             "eval_results": evaluations(results) or None,
         }
@@ -244,6 +253,8 @@ def infer_relation(said: dict, base: Sequence[str], merged: bool) -> str | None:
 
 
 def read_results(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; give the results.json that `axk1 eval` wrote.")
     results = read_json(path)
     rows, named = results.get("results"), {"task", "mode", "metric", "accuracy", "format_error", "problems"}
     whole = isinstance(rows, list) and all(isinstance(row, dict) and named <= row.keys() for row in rows)
@@ -269,10 +280,12 @@ def evaluations(results: dict) -> list[EvalResult]:
     ]
 
 
-def sections(repo: str, said: dict, data: ModelCardData, settings: CardSettings, results: dict) -> list[str]:
+def sections(
+    repo: str, said: dict, data: ModelCardData, settings: CardSettings, results: dict, *, packed: bool
+) -> list[str]:
     config = AxK1Config.from_dict({**said, "model_type": AxK1Config.model_type})
     pieces = [f"# {repo.split('/')[-1]}", summary(config, data), "## Architecture", architecture(config)]
-    pieces += ["## Two modes", usage(repo, "auto_map" in said)]
+    pieces += ["## Two modes", usage(repo, "auto_map" in said, packed)]
     if results:
         pieces += ["## Evaluation", evaluation(results)]
     if settings.recipe:
@@ -314,9 +327,12 @@ def architecture(config: AxK1Config) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
-def usage(repo: str, remote_code: bool) -> str:
+def usage(repo: str, remote_code: bool, packed: bool) -> str:
+    """`packed`: routed experts are quantised, which transformers' own class does not read."""
     trust = ", trust_remote_code=True" if remote_code else ""
     library = "no library but transformers is needed" if remote_code else "transformers' own class reads the same files"
+    if packed:
+        library = "bitsandbytes is needed" if remote_code else "after `import modeling_axk1`: transformers' own class fails"
     return f"""`enable_thinking` in the chat template decides the mode: `<think>` or `</think>` ends the prompt.
 
 ```python

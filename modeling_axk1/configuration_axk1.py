@@ -222,6 +222,9 @@ class AxK1Config(PreTrainedConfig):
             if getattr(self, field) is None:
                 setattr(self, field, value)
         check_fields(self, kwargs.get("rope_scaling"))
+        for field in RANGES:
+            # Written with its point: transformers' own config refuses a file that says 1.
+            setattr(self, field, float(getattr(self, field)))
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.head_dim = self.qk_rope_head_dim  # what transformers' RoPE functions read
         if self.mlp_layer_types is None:

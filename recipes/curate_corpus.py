@@ -221,7 +221,9 @@ def shown(figures: dict) -> list[dict[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--reviews", type=Path, required=True, help="JSONL with `text`")
     parser.add_argument("--maths", type=Path, required=True, help="GSM8K's training file")
     parser.add_argument("--maths-test", type=Path, required=True, help="GSM8K's test file: must not be trained on")

@@ -55,7 +55,9 @@ def generate(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name; with --plan also k1, light or nano")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share each matrix; they see the same prompt")
     parser.add_argument("--ep", type=int, default=1, help="ranks that share the experts: tp, or tp times fsdp")

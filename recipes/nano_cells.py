@@ -157,7 +157,9 @@ def result_row(name: str, cells: Sequence[dict], family: str | None = None) -> d
 
 # -- the job ------------------------------------------------------------------------------------------------------
 def options_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[17, 18, 19], help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")

@@ -94,7 +94,9 @@ def run(folder: Path, ways: list[str], problems: int | None, threads: int) -> di
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--model", type=Path, default=Path("runs/nano/fused"), help="a demo's model (default: %(default)s)"
     )

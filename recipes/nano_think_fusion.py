@@ -518,7 +518,9 @@ Killed? Run the same command again: finished stages are kept, the one under way 
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict]:
-    parser = argparse.ArgumentParser(description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/nano"), help="where the stages go (default: %(default)s)"
     )

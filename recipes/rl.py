@@ -30,7 +30,9 @@ def train(model: str, problems: str, out: str, **settings) -> DapoGspoTrainer:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name; its tokenizer knows <think> and </think>")
     parser.add_argument("problems", metavar="PROBLEMS", help="JSON lines with question and answer")
     parser.add_argument("out", metavar="OUT", help="where the trained model goes")

@@ -347,7 +347,9 @@ def run_seed(out: Path, settings: Settings) -> dict[str, dict]:
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, dict]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/rl_nano"), help="where the stages go (default: %(default)s)"
     )

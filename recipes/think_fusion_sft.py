@@ -14,7 +14,9 @@ from trainers.think_fusion import ThinkFusionConfig, ThinkFusionTrainer
 
 
 def main(arguments: list[str] | None = None) -> ThinkFusionTrainer:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", required=True, help="folder or Hub name")
     parser.add_argument("--out", type=Path, required=True, help="where the model and its data go")
     parser.add_argument("--problems", type=int, default=8000, help="each in both modes (default: %(default)s)")

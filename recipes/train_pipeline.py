@@ -61,7 +61,9 @@ def train(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name")
     parser.add_argument("text", metavar="TEXT", help="a file of plain text, UTF-8")
     parser.add_argument("out", metavar="OUT", help="where the trained model goes, on a file system that all ranks see")

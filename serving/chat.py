@@ -50,6 +50,8 @@ class Chat:
         self.budget_tokens = budget
         self.opening = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.opening)
+        # What the last reply could be at most: of the settings, or what the model had positions for.
+        self.limit_tokens = settings["max_new_tokens"]
         # The part of the reply that was streamed last.
         self.showing: str | None = None
 
@@ -101,7 +103,7 @@ class Chat:
         self.console.print()
         if reply.truncated:
             self._note(
-                f"the thought was cut at {self.settings['max_new_tokens']} tokens; /budget N leaves room to answer"
+                f"the thought was cut at {self.limit_tokens:,} tokens; /budget N leaves room to answer"
             )
         message = {"role": "assistant", "content": reply.answer, "reasoning_content": reply.thought}
         self.messages = asked + [message]
@@ -114,12 +116,14 @@ class Chat:
         if tokens >= positions:
             raise TooLong(f"that makes {tokens:,} tokens and the model has {positions:,} positions; /reset, or say less")
         self.showing = None
+        # A model that never ends its turn would write on without positions.
+        self.limit_tokens = min(self.settings["max_new_tokens"], positions - tokens)
         output_BS = self.model.generate(
             **prompt,
             enable_thinking=self.think,
             thinking_budget=self.budget_tokens,
             streamer=ThinkingStreamer(self.tokenizer, self._show),
-            **self.settings,
+            **self.settings | {"max_new_tokens": self.limit_tokens},
         )
         new_tokens = output_BS[0, prompt["input_ids"].shape[1] :]
         text = self.tokenizer.decode(new_tokens, skip_special_tokens=True)

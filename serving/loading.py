@@ -1,12 +1,15 @@
 """How is a checkpoint opened for conversation, and how does it sample?"""
 
 import math
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_axk1 import AxK1ForCausalLM
 from modeling_axk1.generation_axk1 import set_thinking_tokens
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 def sampling(temperature: float, top_p: float) -> dict:
@@ -25,9 +28,16 @@ def load_for_chat(model_path: str, *, device_map: str = "auto", dtype: str = "au
 
     ValueError if the checkpoint is not A.X K1, or its tokenizer lacks the control tokens or a chat template.
     """
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} does not exist; use auto, float32, bfloat16 or float16.")
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    if "cuda" in device_map and not torch.cuda.is_available():
+        raise ValueError(f"device_map={device_map!r} asks for a GPU and PyTorch sees none here; use auto or cpu.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        # Transformers takes a path that is not there for a name on the Hub, and speaks of that alone.
+        lacks = "holds no tokenizer that can be read" if Path(model_path).is_dir() else "is no folder, nor to be had from the Hub"
+        raise ValueError(f"{model_path} {lacks} ({' '.join(str(error).split())[:200]}).") from error
     if tokenizer.chat_template is None:
         raise ValueError(f"{model_path} has no chat template; save its tokenizer with one, as train_tokenizer does.")
     model = AutoModelForCausalLM.from_pretrained(model_path, device_map=device_map, dtype=dtype)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 # OpenAI's names. All but the first mean thinking: A.X K1 has two modes, the budget bounds the thought.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
-DROPPED = ("functions", "function_call", "audio", "prediction", "web_search_options", "presence_penalty")
+DROPPED = ("functions", "function_call", "generation_config", "audio", "prediction", "web_search_options", "presence_penalty")
 # What transformers' serving gives the chat template itself.
 SET_HERE = ("tools", "add_generation_prompt", "tokenize", "return_tensors", "return_dict", "load_audio_from_video")
+# What the tokenizer would take for its own, not the template's: each gives a prompt that has no turn to answer in.
+NOT_THE_TEMPLATES = ("chat_template", "continue_final_message", "truncation", "padding", "max_length", "tokenizer_kwargs")
 
 
 def _whole(least: int) -> Callable[[object], bool]:
@@ -23,7 +25,8 @@ def _number(least: float, most: float) -> Callable[[object], bool]:
 NUMBERS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "temperature": ("a number from 0", _number(0, 1e6)),
     "top_p": ("a share from 0 to 1", _number(0, 1)),
-    "frequency_penalty": ("a number from -2 to 2", _number(-2, 2)),
+    # It becomes a repetition penalty of 1 + it, which has to stay above 0.
+    "frequency_penalty": ("a number from -0.9 to 2 (1 + it is the repetition penalty here)", _number(-0.9, 2)),
     "seed": ("a whole number of 64 bits", _whole(-(2**63))),
     "max_tokens": ("a number of tokens from 1 and below 2**63", _whole(1)),
     "max_completion_tokens": ("a number of tokens from 1 and below 2**63", _whole(1)),
@@ -71,13 +74,30 @@ def _message(where: str, message: object) -> dict:
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list) or not all(map(_is_call, calls)):
         raise ValueError(f"{where} has the tool_calls {calls!r}; give a list of functions with name and arguments.")
+    thought = message.get("reasoning_content")
+    if thought is not None and not isinstance(thought, str):
+        raise ValueError(f"{where} has the reasoning_content {thought!r}; give a text.")
+    text = content if isinstance(content, str) else " ".join(part["text"] for part in content or [])
     # OpenAI's newer name.
-    return message | {"role": "system"} if message["role"] == "developer" else message
+    role = "system" if message["role"] == "developer" else message["role"]
+    # Its clients send null for what a message has not.
+    said = {name: value for name, value in message.items() if value is not None}
+    return said | {"role": role, "content": text, "tool_calls": [_with_read_arguments(call) for call in calls]}
 
 
 def _is_call(call: object) -> bool:
     function = (call.get("function") or call) if isinstance(call, dict) else None
     return isinstance(function, dict) and isinstance(function.get("name"), str) and "arguments" in function
+
+
+def _with_read_arguments(call: dict) -> dict:
+    """A table, as chat templates read it; what a model wrote that is no JSON is given back to it as it was."""
+    function = call.get("function") or call
+    try:
+        function = function | {"arguments": json.loads(function["arguments"] or "{}")}
+    except (TypeError, ValueError):
+        pass
+    return {"type": "function", "function": function}
 
 
 def _refuse_unmet(body: dict) -> None:
@@ -112,6 +132,9 @@ def _with_biases(body: dict) -> dict:
 
 
 def _with_tools(body: dict) -> dict:
+    tools = body.get("tools", [])
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"tools={tools!r} is no list of functions; give objects with type and function.")
     choice = body.get("tool_choice", "auto")
     if choice not in ("auto", "none"):
         raise ValueError(f"tool_choice={choice!r} is not enforced here; use auto or none.")
@@ -125,6 +148,8 @@ def _with_mode(body: dict) -> dict:
         raise ValueError(f"chat_template_kwargs={template!r} is no table; give such as {{\"enable_thinking\": true}}.")
     if taken := [name for name in SET_HERE if name in template]:
         raise ValueError(f"chat_template_kwargs holds {taken[0]}, which this server sets; leave it out.")
+    if taken := [name for name in NOT_THE_TEMPLATES if name in template]:
+        raise ValueError(f"chat_template_kwargs holds {taken[0]}, which is no variable of the template; leave it out.")
     if not isinstance(template.get("enable_thinking", False), bool):
         raise ValueError(f"enable_thinking={template['enable_thinking']!r} names no mode; use true or false.")
     effort = body.get("reasoning_effort")

@@ -32,6 +32,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 from transformers.utils.versions import require_version
 
+from serving.answers import AnswerParser, as_openai_ends, in_one_piece, take_any_call
 from serving.loading import load_for_chat, sampling
 from serving.requests import read_request
 
@@ -70,6 +71,9 @@ def _in_mode(model, inputs: dict, config: GenerationConfig) -> dict:
     tokens, positions = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if tokens >= positions:
         raise ValueError(f"The prompt has {tokens:,} tokens and the model {positions:,} positions; shorten it.")
+    rows = model.get_output_embeddings().weight.shape[0]
+    if outside := [token for (token,) in config.sequence_bias or {} if token >= rows]:
+        raise ValueError(f"logit_bias names token {outside[0]} and the model has {rows:,}; leave it out.")
     # A model that never ends its turn would write on without positions.
     config.max_new_tokens = min(config.max_new_tokens, positions - tokens)
     thinking = inputs["input_ids"][0, -1].item() == model.generation_config.think_token_id
@@ -77,7 +81,8 @@ def _in_mode(model, inputs: dict, config: GenerationConfig) -> dict:
 
 
 def _error(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
-    error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": param, "code": code}
     return JSONResponse({"error": error}, status_code=status)
 
 
@@ -92,9 +97,14 @@ class OneModel(ModelManager):
 
     def __init__(self, model, tokenizer, name: str):
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = model, take_any_call(tokenizer)
         # Set after the parent's constructor, which would load it.
         self.force_model = name
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        """The name that requests use, which theirs puts a revision behind."""
+        return model_id
 
     def load_model_and_processor(self, *args, **kwargs):
         return self.model, self.tokenizer
@@ -106,21 +116,17 @@ class OneModel(ModelManager):
 class ThinkingGenerateManager(GenerateManager):
     """Generate in the mode that the prompt's last token names, with its format enforced."""
 
-    def generate_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
-        return super().generate_streaming(
-            model, processor, _in_mode(model, inputs, gen_config), gen_config, *args, **kwargs
-        )
-
-    async def generate_non_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
-        unheard = threading.Event()
-        inputs = _in_mode(model, inputs, gen_config) | {"stopping_criteria": [Interruption(unheard)]}
-        generating = super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
-        try:
-            # Its thread has to end by itself, and finds the result wanted.
-            return await asyncio.shield(generating)
-        except asyncio.CancelledError:
-            unheard.set()
-            raise
+    def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
+        inputs = _in_mode(model, inputs, gen_config)
+        if response_parser is not None:
+            # Theirs would stop in a thought too, and leave the stop text in the answer.
+            stop, gen_config.stop_strings, stopped = gen_config.stop_strings or [], None, threading.Event()
+            response_parser = AnswerParser(response_parser, stop, stopped)
+            inputs |= {"stopping_criteria": [Interruption(stopped)]}
+        if gen_config.seed is not None:
+            # On its thread, in its turn: the requests that wait before it would draw the seed's numbers.
+            self.submit(torch.manual_seed, gen_config.seed)
+        return super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
 
 
 class ThinkingState(GenerationState):
@@ -142,8 +148,27 @@ class ThinkingChatHandler(ChatCompletionHandler):
     async def handle_request(self, body: dict, request_id: str):
         return await super().handle_request(read_request(body), request_id)
 
+    @staticmethod
+    def get_processor_inputs_from_messages(messages: list[dict], modality) -> list[dict]:
+        """As `read_request` gives them: theirs drops thoughts, and the words of a message that has `tool_calls`."""
+        return messages
+
+    def _streaming(self, *args, **kwargs):
+        response = super()._streaming(*args, **kwargs)
+        response.body_iterator = as_openai_ends(response.body_iterator)
+        return response
+
+    async def _non_streaming(self, request_id: str, model, processor, model_id: str, *args, **kwargs) -> JSONResponse:
+        """The stream in one piece, so that both say the same."""
+        stream = self._streaming(request_id, model, processor, model_id, *args, **kwargs)
+        message, last = await in_one_piece(stream.body_iterator)
+        end = {"finish_reason": last["choices"][0]["finish_reason"], "usage": last["usage"]}
+        return JSONResponse(self._build_completion(request_id, model_id=model_id, **end, **message))
+
     def _build_generation_config(self, body: dict, *args, **kwargs) -> GenerationConfig:
-        config = super()._build_generation_config(body, *args, **kwargs)
+        rest = {name: value for name, value in body.items() if name != "seed"}
+        config = super()._build_generation_config(rest, *args, **kwargs)
+        config.seed = body.get("seed")
         if body.get("temperature"):
             # Theirs turns sampling off at 0 and never on: a greedy default must not swallow the request.
             config.do_sample = True
@@ -209,6 +234,10 @@ def build_app(model, tokenizer, *, name: str, think: bool = False) -> FastAPI:
     @app.exception_handler(TemplateError)
     async def refuse_by_template(_: Request, error: TemplateError):
         return _error(400, str(error))
+
+    @app.exception_handler(RuntimeError)
+    async def fail(_: Request, error: RuntimeError):
+        return _error(500, str(error))
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(_: Request, error: RequestValidationError):

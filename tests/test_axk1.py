@@ -78,6 +78,7 @@ def test_a_size_of_files_that_is_none(tmp_path, capsys, gigabytes):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (["info", "no/where"], "axk1: no/where/config.json is missing; give the folder of a model, or a preset."),
         (["info", "k2"], "axk1: preset='k2' does not exist; use one of k1, light, nano."),
         (["merge", "a", "b", "c"], "axk1: a holds neither"),
         (["merge", "a", "b", "c", "--alpha", "7"], "axk1: alpha=7.0 is not a weight between 0 and 1"),

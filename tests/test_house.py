@@ -72,3 +72,15 @@ def test_the_command_line_imports_when_called():
     code = "import sys, axk1; print([m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_no_script_takes_half_an_option_for_the_whole():
+    calls = [
+        (path.name, {keyword.arg: keyword.value for keyword in node.keywords})
+        for room in ("axk1", "recipes", "benchmarks")
+        for path in files_of(room)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("ArgumentParser", "add_parser")
+    ]
+    assert len(calls) > 10
+    assert not [name for name, said in calls if ast.unparse(said.get("allow_abbrev", ast.Constant(True))) != "False"]

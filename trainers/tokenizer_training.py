@@ -173,9 +173,18 @@ def compare(tokenizers: Sequence[str | Path], texts: Sequence[str], limit: int, 
             told = ", ".join(f"{reason} {count:,}" for reason, count in missing.items())
             print(f"{name}: not read: {told}", file=sys.stderr)
         for place in tokenizers:
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            tokenizer = open_tokenizer(place)
             rows.append({"texts": name, "tokenizer": str(place), **compression(tokenizer, sample)})
     return rows
+
+
+def open_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
+    """ValueError names what `place` lacks: transformers takes a folder that is not there for a name on the Hub."""
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        lacks = "holds no tokenizer that can be read" if Path(place).is_dir() else "is no folder, nor to be had from the Hub"
+        raise ValueError(f"{place} {lacks} ({' '.join(str(error).split())[:200]}).") from error
 
 
 def shown(row: dict) -> dict[str, str]:

@@ -100,6 +100,7 @@ FAULTS = {
     "architectures": (edit_config(architectures=["AxK1ForCausalLM"]), "error", ALL, "['AxK1ForCausalLM']", None),
     "auto_map": (edit_config(auto_map={"AutoConfig": "configuration_axk1.A"}), "error", ALL, "configuration_axk1.py", CLEAN),
     "method unsaid": (edit_config(drop=["topk_method"]), "error", VLLM, "does not say topk_method", CLEAN),
+    "a whole scale": (edit_config(routed_scaling_factor=1), "error", OURS, "routed_scaling_factor is 1, a whole", REFUSED),
     "null groups": (edit_config(n_group=None), "error", ALL, "n_group null", REFUSED),
     "layers at odds": (edit_config(first_k_dense_replace=0), "error", ALL, "describe different layers", CLEAN),
     "bias method": (edit_config(topk_method="group_limited_greedy"), "error", ALL, "1 router biases are stored", CLEAN),
@@ -188,6 +189,10 @@ FAULTS = {
     ),
     "pickle": (lambda f: (f / "training_args.bin").write_bytes(b""), "note", (), "training_args.bin", CLEAN),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "warning", ALL, "no tokenizer can be read", None),
+    "half a tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"),
+        "error", ALL, "tokenizer.json is there and no tokenizer can be read", None,
+    ),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "warning", ALL, "no chat template", None),
     "training template": (
         lambda f: (f / "chat_template.jinja").write_text(TRAINING_CHAT_TEMPLATE),

@@ -11,11 +11,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.axk1.modeling_axk1 import AXK1ForCausalLM
 
 import axk1
-from conversion.doctor import diagnose
+from conversion.doctor import ALL, diagnose
 from conversion.hub import CardSettings, model_files, plan_push, push_to_hub, stage, text_of_push
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM, count_parameters, set_thinking_tokens
 from tests.random_models import ours, padded_ids, tiny_chat_config
@@ -123,6 +123,21 @@ def test_only_stale_files_beside_the_config_are_deleted(folder, tmp_path):
     assert hub.calls[-1] == ("upload_folder", "me/nano", None), "an empty list of patterns would be one"
 
 
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
+def test_who_reads_quantised_experts_is_said(saved, tmp_path, bits):
+    pytest.importorskip("bitsandbytes", reason="4 and 8 bits need bitsandbytes")
+    model = AxK1ForCausalLM.from_pretrained(saved, quantization_config=BitsAndBytesConfig(**bits))
+    model.save_pretrained(tmp_path / "packed")
+    with pytest.raises(RuntimeError):
+        AXK1ForCausalLM.from_pretrained(tmp_path / "packed")(torch.zeros(1, 3, dtype=torch.long))
+    said = [each.fact for each in diagnose(tmp_path / "packed").findings if each.breaks == ALL]
+    assert any("12 matrices of routed experts are quantised: this library alone reads them" in fact for fact in said)
+    cards = [plan_push(tmp_path / "packed", "me/nano", SETTINGS, remote_code=code).card for code in (False, True)]
+    assert "# after `import modeling_axk1`: transformers' own class fails" in cards[0]
+    assert "trust_remote_code=True)  # bitsandbytes is needed" in cards[1]
+    assert "transformers' own class reads the same files" in plan_push(saved, "me/nano", SETTINGS).card
+
+
 def test_a_broken_model_is_not_sent(folder, tmp_path):
     said = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(said | {"architectures": ["AxK1ForCausalLM"]}))
@@ -171,6 +186,16 @@ def test_what_a_person_wrote_stays_and_a_second_push_changes_nothing(folder):
     assert ModelCard(plan_push(folder, "me/nano", CardSettings(license="apache-2.0")).card).data.license == "apache-2.0"
 
 
+def test_metadata_that_people_write_is_read(folder):
+    (folder / "README.md").write_text("\ufeff---\nlicense: mit\nlanguage: ko\ntags: mine\n---\nWords.\n", encoding="utf-8")
+    card = ModelCard(plan_push(folder, "me/nano").card)
+    assert (card.data.license, card.data.language, card.data.tags[-1]) == ("mit", ["ko"], "mine")
+    assert "m" not in card.data.tags and card.text.endswith("Words.\n")
+    (folder / "README.md").write_text("---\nlicense: mit\nlanguage: [en, no]\n---\n")
+    with pytest.raises(ValueError, match=r"README.md has the language \['en', False\], which is no text; write it in quotes"):
+        plan_push(folder, "me/nano")
+
+
 @pytest.mark.parametrize(
     "settings, repo, complaint",
     [
@@ -178,6 +203,7 @@ def test_what_a_person_wrote_stays_and_a_second_push_changes_nothing(folder):
         (CardSettings(license="mit"), "me/nano", "no language; give --language ..."),
         (CardSettings("mit", "en", relation="merge"), "me/nano", "'merge' of the base model none says nothing"),
         (CardSettings("mit", "en", ["a/b"], relation="child"), "me/nano", "'child' of the base model a/b"),
+        (CardSettings("mit", "en", results=Path("nowhere.json")), "me/nano", "nowhere.json is no file; give the results.json"),
         (CardSettings("mit", "en", results=Path("config.json")), "me/nano", "config.json holds no results"),
         (SETTINGS, "me/na/no", "Repo id"),
     ],

@@ -68,6 +68,11 @@ def test_writes_what_stock_and_vllm_need(tmp_path):
     assert stock.mlp_layer_types == ["dense", "sparse", "sparse"] and stock.n_group == 1
 
 
+def test_a_whole_number_is_written_as_stock_reads_it(tmp_path):
+    AxK1Config.preset("nano", routed_scaling_factor=1, router_aux_loss_coef=0).save_pretrained(tmp_path)
+    assert AXK1Config.from_pretrained(tmp_path).routed_scaling_factor == 1.0
+
+
 def test_architectures_carry_the_name_that_others_look_up(tmp_path):
     config = AxK1Config.preset("nano", architectures=["AxK1ForCausalLM"])
     assert written(config, tmp_path)["architectures"] == ["AXK1ForCausalLM"]

@@ -89,6 +89,17 @@ def test_a_cut_thought_is_reported(talk):
     assert talk.messages[-1]["content"] == ""
 
 
+def test_an_answer_ends_at_the_models_last_position(talk):
+    talk.command("/budget off")
+    talk.model.generation_config.suppress_tokens = [talk.model.generation_config.end_think_token_id]
+    talk.settings["max_new_tokens"] = 4096
+    asked = "2 + 3 " * 160
+    talk.say(asked)
+    prompt = talk.tokenizer.apply_chat_template([{"role": "user", "content": asked}], add_generation_prompt=True)
+    room = 1024 - len(prompt["input_ids"])
+    assert 0 < room < 500 and f"cut at {room} tokens" in strip_colours(talk.shown.getvalue())
+
+
 def test_interruption_drops_the_turn_only(talk):
     talk.say("one")
     before = list(talk.messages)
@@ -112,11 +123,16 @@ def test_a_conversation_that_outgrew_the_model_is_told_and_goes_on(talk):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1.0}, {"top_p": 2.0}, {"max_new_tokens": 0}, {"budget": -1}, {"dtype": "float3"}],
-    ids=lambda wrong: next(iter(wrong)),
-)
-def test_wrong_options_are_refused_before_the_model_is_read(wrong):
-    with pytest.raises(ValueError, match="=".join(map(str, *wrong.items())).replace("float3", "'float3'")):
+    [
+        {"temperature": -1.0}, {"top_p": 2.0}, {"max_new_tokens": 0}, {"budget": -1}, {"dtype": "float3"},
+        {"dtype": "float8_e4m3fn"}, {"device_map": "cuda"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_options_are_refused_before_the_model_is_read(wrong, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=f"^{name}={value!r} "):
         run_chat("nowhere", **wrong)
 
 
@@ -179,6 +195,13 @@ def test_loading_refuses_what_it_cannot_serve(checkpoint, tmp_path):
     LlamaForCausalLM(LlamaConfig(vocab_size=330, **small)).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="holds LlamaForCausalLM, not an A.X K1 model"):
         load_for_chat(str(tmp_path / "other"), device_map="cpu")
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere is no folder, nor to be had from the Hub "):
+        load_for_chat(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="holds no tokenizer that can be read "):
+        load_for_chat(str(tmp_path))
 
 
 def test_pipeline_returns_reasoning_content(checkpoint):

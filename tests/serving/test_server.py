@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -50,6 +51,7 @@ def test_both_modes(served):
     assert len(tokenizer(thinking.message.reasoning_content)["input_ids"]) <= 5
     assert direct.message.content and not hasattr(direct.message, "reasoning_content")
     assert default.message == direct.message
+    assert client.chat.completions.create(**GREEDY).model == "tiny-axk1"
     for text in (thinking.message.content, thinking.message.reasoning_content, direct.message.content):
         assert "think>" not in text and "<|" not in text
 
@@ -66,6 +68,54 @@ def test_stream_says_the_same(served, think):
     assert parts["content"].strip() == whole.message.content
     assert parts["reasoning_content"].strip() == getattr(whole.message, "reasoning_content", "")
     assert finish == whole.finish_reason
+
+
+@pytest.fixture
+def says(served, monkeypatch):
+    """A text for the model to say, token by token, whatever is asked."""
+    client, tokenizer = served
+    script, forward = [], AxK1ForCausalLM.forward
+
+    def scripted(self, input_ids=None, **kwargs):
+        output = forward(self, input_ids=input_ids, **kwargs)
+        output.logits[:, -1] = -50.0
+        output.logits[:, -1, script.pop(0)] = 50.0
+        return output
+
+    monkeypatch.setattr(AxK1ForCausalLM, "forward", scripted)
+    return lambda text: script.__setitem__(slice(None), tokenizer.encode(f"{text}<|im_end|>", add_special_tokens=False))
+
+
+def test_whole_and_streamed_a_stop_text_is_cut_off_and_a_wrong_call_is_text(served, says):
+    client, _ = served
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": }}\n</tool_call>'
+    said = f'20 first</think>I add {call} <tool_call>{{"name": "add", "arguments": {{"a": 1}}}}</tool_call> 200'
+    body = GREEDY | {"max_tokens": 200, "stop": ["x", "20"], **mode(True)}
+    says(said)
+    whole = client.chat.completions.create(**body)
+    says(said)
+    chunks = list(client.chat.completions.create(**body, stream=True))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert whole.choices[0].message.content == f"I add{call}"
+    assert whole.choices[0].message.reasoning_content == "20 first"
+    assert "".join(delta.content or "" for delta in deltas).strip() == f"I add{call}"
+    [called], [streamed] = whole.choices[0].message.tool_calls, [d.tool_calls[0] for d in deltas if d.tool_calls]
+    assert called.function.model_dump() == streamed.function.model_dump() == {"name": "add", "arguments": '{"a": 1}'}
+    assert chunks[-1].usage == whole.usage and chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_a_stream_ends_as_openais_and_an_error_in_it_is_json(served, monkeypatch):
+    body = GREEDY | {"stream": True}
+    assert httpx.post(f"{served[0].base_url}chat/completions", json=body).text.endswith("\n\ndata: [DONE]\n\n")
+
+    def broken(self, **kwargs):
+        raise RuntimeError('out of "memory"\n\nof the GPU')
+
+    monkeypatch.setattr(AxK1ForCausalLM, "forward", broken)
+    events = httpx.post(f"{served[0].base_url}chat/completions", json=body).text.split("\n\n")
+    assert json.loads(events[-3].removeprefix("data: "))["error"]["message"] == 'out of "memory"\n\nof the GPU'
+    with pytest.raises(openai.InternalServerError, match='out of "memory"'):
+        served[0].chat.completions.create(**GREEDY)
 
 
 def test_a_cut_thought_has_no_answer(served):
@@ -103,6 +153,42 @@ def test_tools_and_history_are_accepted(served):
     assert reply.usage.prompt_tokens > 100
 
 
+@pytest.fixture
+def prompt_of(served, monkeypatch):
+    """The text that a request makes the model read."""
+    client, tokenizer = served
+    read, generate = [], AxK1ForCausalLM.generate
+
+    def reading(self, **kwargs):
+        read.append(tokenizer.decode(kwargs["input_ids"][0]))
+        return generate(self, **kwargs)
+
+    monkeypatch.setattr(AxK1ForCausalLM, "generate", reading)
+
+    def ask(messages: list[dict]) -> str:
+        client.chat.completions.create(**(GREEDY | {"messages": messages, "max_tokens": 1}))
+        return read.pop()
+
+    return ask
+
+
+def test_an_answer_goes_back_as_openais_client_dumps_it(served, prompt_of):
+    answer = served[0].chat.completions.create(**GREEDY).choices[0].message.model_dump()
+    assert answer["tool_calls"] is None and answer["content"]
+    for calls in (None, []):
+        assert f"</think>{answer['content']}<|im_end|>" in prompt_of([*QUESTION, answer | {"tool_calls": calls}, *QUESTION])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spelled"), [('{"a": 1}', '{"a": 1}'), ('{"a": ', '{"a": '), ("", "{}")], ids=["json", "none", "empty"]
+)
+def test_a_call_goes_back_with_its_thought_and_its_words(prompt_of, arguments, spelled):
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    called = {"role": "assistant", "reasoning_content": "to add", "content": "I add.", "tool_calls": [call]}
+    prompt = prompt_of([*QUESTION, called, {"role": "tool", "tool_call_id": "1", "content": "3"}])
+    assert f'<think>to add</think>I add.\n<tool_call>\n{{"name": "add", "arguments": {spelled}}}\n</tool_call>' in prompt
+
+
 def test_a_request_may_sample_where_the_default_is_greedy(served):
     """The served model is greedy by default: two seeds at a high temperature must differ all the same."""
     client, _ = served
@@ -110,6 +196,15 @@ def test_a_request_may_sample_where_the_default_is_greedy(served):
     texts = {client.chat.completions.create(**hot, seed=seed).choices[0].message.content for seed in (1, 2, 3)}
     assert len(texts) > 1
     assert len({client.chat.completions.create(**GREEDY, seed=seed).choices[0].message.content for seed in (1, 2)}) == 1
+
+
+def test_a_seed_holds_while_others_ask(served):
+    client, _ = served
+    hot = GREEDY | {"temperature": 5.0, "seed": 1}
+    alone = client.chat.completions.create(**hot).choices[0].message.content
+    with ThreadPoolExecutor(4) as asking:
+        answers = asking.map(lambda _: client.chat.completions.create(**hot).choices[0].message.content, range(4))
+    assert set(answers) == {alone}
 
 
 def test_models_are_listed(served):
@@ -180,10 +275,16 @@ def test_a_request_without_messages_is_answered(served):
         ({"top_logprobs": 3}, "logprobs are not given"),
         ({"seed": 10**30}, "is not a whole number of 64 bits"),
         ({"thinking_budget": 10**30}, "is not a number of tokens from 0 and below 2**63"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias names token 99999"),
         ({"logit_bias": {"5": 10**400}}, "is no table of token ids"),
         ({"chat_template_kwargs": {"tokenize": False}}, "holds tokenize, which this server sets; leave it out"),
         ({"messages": [{"role": "assistant", "content": "a", "tool_calls": 5}]}, "messages[0] has the tool_calls 5; give"),
         ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}]}, "and arguments"),
+        ({"messages": [{"role": "assistant", "content": "a", "reasoning_content": 5}]}, "has the reasoning_content 5; give a"),
+        ({"tools": 5}, "tools=5 is no list of functions"),
+        ({"generation_config": 5}, "generation_config is not read here"),
+        ({"frequency_penalty": -1}, "frequency_penalty=-1 is not a number from -0.9 to 2"),
+        ({"chat_template_kwargs": {"truncation": True}}, "holds truncation, which is no variable of the template"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "holds half a character"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -161,6 +161,12 @@ def test_compare_by_language(trained, corpus, capsys):
     assert "tokens per document" in capsys.readouterr().out
 
 
+def test_compare_names_a_folder_that_is_not_there(corpus, tmp_path, capsys):
+    for place, lacks in ((tmp_path / "nowhere", "is no folder, nor to be had"), (tmp_path, "holds no tokenizer that can be")):
+        assert axk1.main(["tokenizer", "compare", str(place), "--texts", f"ko={corpus}/ko.jsonl"]) == 2
+        assert f"axk1: {place} {lacks}" in capsys.readouterr().err
+
+
 def test_compare_tells_what_it_could_not_read(trained, tmp_path, capsys):
     (tmp_path / "en.jsonl").write_text('{"text": "water boils"}\n{broken\n{"body": "ice melts"}\n')
     arguments = ["tokenizer", "compare", str(trained), "--texts", f"en={tmp_path}/en.jsonl"]
