@@ -6,11 +6,20 @@ Axes: B prompt rows, R rows in flight (B times beams or returned sequences), S t
 import copy
 from collections.abc import Callable
 from itertools import takewhile
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
@@ -55,6 +64,16 @@ def _assistant_header(tokenizer, tags: set[int]) -> list[int] | None:
     added = opened.removeprefix(closed) if opened.startswith(closed) else ""
     header = tokenizer.encode(added, add_special_tokens=False)
     return list(takewhile(lambda token: token not in tags, header)) or None
+
+
+def open_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer or the Hub's. ValueError says what is lacking: transformers takes a folder that is not there for a
+    name on the Hub, and speaks of that alone."""
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        lacks = "holds no tokenizer that can be read" if Path(place).is_dir() else "is no folder, nor to be had from the Hub"
+        raise ValueError(f"{place} {lacks} ({' '.join(str(error).split())[:200]}).") from error
 
 
 def set_thinking_tokens(generation_config: GenerationConfig, tokenizer) -> None:

@@ -1,13 +1,12 @@
 """How is a checkpoint opened for conversation, and how does it sample?"""
 
 import math
-from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from modeling_axk1 import AxK1ForCausalLM
-from modeling_axk1.generation_axk1 import set_thinking_tokens
+from modeling_axk1.generation_axk1 import open_tokenizer, set_thinking_tokens
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -32,12 +31,7 @@ def load_for_chat(model_path: str, *, device_map: str = "auto", dtype: str = "au
         raise ValueError(f"dtype={dtype!r} does not exist; use auto, float32, bfloat16 or float16.")
     if "cuda" in device_map and not torch.cuda.is_available():
         raise ValueError(f"device_map={device_map!r} asks for a GPU and PyTorch sees none here; use auto or cpu.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        # Transformers takes a path that is not there for a name on the Hub, and speaks of that alone.
-        lacks = "holds no tokenizer that can be read" if Path(model_path).is_dir() else "is no folder, nor to be had from the Hub"
-        raise ValueError(f"{model_path} {lacks} ({' '.join(str(error).split())[:200]}).") from error
+    tokenizer = open_tokenizer(model_path)
     if tokenizer.chat_template is None:
         raise ValueError(f"{model_path} has no chat template; save its tokenizer with one, as train_tokenizer does.")
     model = AutoModelForCausalLM.from_pretrained(model_path, device_map=device_map, dtype=dtype)

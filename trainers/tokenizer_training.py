@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from modeling_axk1.generation_axk1 import open_tokenizer
 from trainers.corpus import files_of, no_text_error, read_documents, unread
 from trainers.tokenizer import train_tokenizer
 
@@ -176,15 +177,6 @@ def compare(tokenizers: Sequence[str | Path], texts: Sequence[str], limit: int, 
             tokenizer = open_tokenizer(place)
             rows.append({"texts": name, "tokenizer": str(place), **compression(tokenizer, sample)})
     return rows
-
-
-def open_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
-    """ValueError names what `place` lacks: transformers takes a folder that is not there for a name on the Hub."""
-    try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        lacks = "holds no tokenizer that can be read" if Path(place).is_dir() else "is no folder, nor to be had from the Hub"
-        raise ValueError(f"{place} {lacks} ({' '.join(str(error).split())[:200]}).") from error
 
 
 def shown(row: dict) -> dict[str, str]:
