@@ -28,7 +28,7 @@ from trl.rewards import get_soft_overlong_punishment
 from modeling_axk1.generation_axk1 import set_thinking_tokens
 from trainers.adapters import group_experts
 from trainers.dynamic_sampling import Group, Rollout, fill_slots, group_rollouts, groups_to_ask, mode_metrics
-from trainers.launching import load_policy, settle_losses
+from trainers.launching import Resumable, load_policy, settle_losses
 from trainers.mode_curves import Measure, write_card
 from trainers.mode_prompts import MODE_NAMES, MODES, PairedSampler, draw_instructions, pair_modes
 from trainers.rewards import ON_ERROR, Judge, Tokens, checked, correct_reward, format_reward
@@ -195,7 +195,7 @@ MEASURES = tuple(
 
 
 # -- the trainer --------------------------------------------------------------------------------------------------------
-class DapoGspoTrainer(GRPOTrainer):
+class DapoGspoTrainer(Resumable, GRPOTrainer):
     """GRPOTrainer for any causal LM whose tokenizer has `<think>` and `</think>` as single tokens, both modes in one run.
 
     judge(answer text, row) -> bool decides R_correct (see `trainers.rewards`); `shaping_rewards` are further reward

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 from peft import PeftConfig
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, TrlParser, get_peft_config
@@ -143,6 +144,31 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+class Resumable:
+    """Mixed into a TRL trainer: what has ended trains no further, and no checkpoint is whole before all of it is written."""
+
+    def _run_epoch(self, *args, **kwargs):
+        # Resumed where it had ended inside an epoch, transformers 5.23 would train one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step, out = self.state.global_step, self._get_output_dir(trial)
+        if self.args.should_save:
+            # Of another run that saved here: it would vouch for what is half written.
+            (Path(out) / f"checkpoint-{step}" / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:
+            # What torch and safetensors make of a full disk.
+            raise OSError(
+                f"The checkpoint of step {step} could not be written to {out} ({error}); where the disk is full, make room, and "
+                "go on with resume_from_checkpoint=latest."
+            ) from error
 
 
 def train_and_save(trainer, dataset: str) -> None:

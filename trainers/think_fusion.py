@@ -18,7 +18,7 @@ from trl.models.utils import unwrap_model_for_generation
 from modeling_axk1.generation_axk1 import set_thinking_tokens
 from trainers.adapters import group_experts
 from trainers.evaluation import evaluate_mode
-from trainers.launching import load_policy, settle_losses
+from trainers.launching import Resumable, load_policy, settle_losses
 from trainers.mode_curves import Measure, write_card
 from trainers.mode_order import EpochSampler, draw_mix, order_units, pair_rows
 from trainers.mode_rows import (
@@ -137,7 +137,7 @@ MEASURES = (
 )
 
 
-class ThinkFusionTrainer(SFTTrainer):
+class ThinkFusionTrainer(Resumable, SFTTrainer):
     """SFTTrainer for any causal LM whose tokenizer has `<think>` and `</think>` as single tokens.
 
     Logs besides TRL's metrics `loss_thinking`, `loss_non_thinking` (mean over the mode's trained tokens since the last
@@ -237,13 +237,6 @@ class ThinkFusionTrainer(SFTTrainer):
             return order_units(units, lengths if by_length else None, step_units, generator)
 
         return EpochSampler(order, lambda: int(self.state.epoch or 0))
-
-    def _run_epoch(self, *args, **kwargs):
-        # Resumed where it had ended inside an epoch, transformers 5.23 would train one step more.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
     # -- what is seen of each mode -----------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -420,6 +420,15 @@ def test_a_resumed_run_ends_bit_identical(tokenizer, tmp_path):
     assert without_times(resumed.state.log_history) == without_times(straight.state.log_history)
 
 
+def test_a_finished_run_trains_no_further(tokenizer, tmp_path):
+    """Killed behind its last checkpoint, while the model was saved, a run begins again with nothing left to do."""
+    settings = {"rows": 10, "save_strategy": "steps", "save_steps": 4}
+    finished = really(tokenizer, tmp_path, axk1(tokenizer), **settings)
+    again = really(tokenizer, tmp_path, axk1(tokenizer), resume=str(tmp_path / "checkpoint-4"), **settings)
+    assert again.state.global_step == 4
+    assert_same(weights(again), weights(finished), rtol=0, atol=0)
+
+
 def test_a_static_cache_samples_the_same(tokenizer, tmp_path):
     growing = really(tokenizer, tmp_path, axk1(tokenizer), max_steps=1)
     static = really(tokenizer, tmp_path, axk1(tokenizer), max_steps=1, cache_implementation="static")

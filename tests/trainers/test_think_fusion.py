@@ -2,6 +2,7 @@
 
 import copy
 import json
+import resource
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3C
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
 from tests.trainers.questions import ask
 from trainers import think_fusion
+from trainers.launching import find_checkpoint
 from trainers.mode_overlap import make_row
 from trainers.think_fusion import (
     NO_MODE,
@@ -315,6 +317,40 @@ def test_a_finished_training_trains_no_further(tokenizer, tmp_path):
     truth = finished.model.state_dict()
     assert again.state.global_step == 8
     assert all(torch.equal(tensor, truth[name]) for name, tensor in again.model.state_dict().items())
+
+
+class Killed(BaseException):
+    """Nothing that a trainer would catch."""
+
+
+def test_a_checkpoint_half_written_over_anothers_is_not_taken_for_whole(tokenizer, tmp_path, monkeypatch):
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer_of(llama(), tokenizer, tmp_path, **settings).train()
+    anew = trainer_of(llama(), tokenizer, tmp_path, seed=1, **settings)
+    anew.args.resume_from_checkpoint = "latest"
+    assert find_checkpoint(anew.args) == str(tmp_path / "checkpoint-1")
+
+    def die(folder):
+        raise Killed
+
+    monkeypatch.setattr(anew, "_save_optimizer_and_scheduler", die)
+    with pytest.raises(Killed):
+        anew.train()
+    assert find_checkpoint(anew.args) is None
+
+
+@pytest.mark.parametrize("room", [0.5, 1.2], ids=["no weights", "no optimizer"])
+def test_a_full_disk_is_said(tokenizer, tmp_path, room):
+    model = llama()
+    room_bytes = int(room * sum(4 * parameter.numel() for parameter in model.parameters()))
+    trainer = trainer_of(model, tokenizer, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, before[1]))
+    try:
+        with pytest.raises(OSError, match="The checkpoint of step 1 could not be written to .*where the disk is full, make room"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_overlong_prompts_leave_in_both_modes_and_are_counted(tokenizer, tmp_path):
