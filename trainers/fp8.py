@@ -9,6 +9,7 @@ from torch import nn
 
 from modeling_axk1 import AxK1ForCausalLM, count_flops
 from modeling_axk1.fp8_axk1 import ALIGNMENT, multiplies_fp8
+from trainers.adapters import ParamWrapper
 
 
 def stays_out(module: nn.Module, name: str) -> str | None:
@@ -17,6 +18,16 @@ def stays_out(module: nn.Module, name: str) -> str | None:
         return "the head"
     if module.in_features % ALIGNMENT or module.out_features % ALIGNMENT:
         return f"{module.in_features} x {module.out_features} is no multiple of {ALIGNMENT}"
+    return None
+
+
+def experts_stay_out(model: AxK1ForCausalLM) -> str | None:
+    """Why the routed experts are not computed in FP8; None if they are."""
+    sizes = model.config.hidden_size, model.config.moe_intermediate_size
+    if any(size % ALIGNMENT for size in sizes):
+        return f"{sizes[0]} x {sizes[1]} is no multiple of {ALIGNMENT}"
+    if any(isinstance(module, ParamWrapper) for module in model.modules()):
+        return "an adapter's path has no FP8"
     return None
 
 
@@ -53,12 +64,10 @@ def enable_fp8(model: AxK1ForCausalLM, tokens: int = 4096, quiet: bool = False) 
         # Its defaults are the paper's formats: per-tensor E4M3 inputs and weights, E5M2 gradients.
         config=Float8LinearConfig(emulate=emulated),
     )
-    experts_aligned = model.config.hidden_size % ALIGNMENT == model.config.moe_intermediate_size % ALIGNMENT == 0
-    if experts_aligned:
-        model.set_experts_implementation("axk1_fp8")
+    if why := experts_stay_out(model):
+        left_out["routed experts"] = why
     else:
-        sizes = f"{model.config.hidden_size} x {model.config.moe_intermediate_size}"
-        left_out["routed experts"] = f"{sizes} is no multiple of {ALIGNMENT}"
+        model.set_experts_implementation("axk1_fp8")
     shares = flop_shares(model, left_out, tokens)
     if not quiet:
         print_shares(shares, left_out, emulated)
