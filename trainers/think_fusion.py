@@ -32,6 +32,7 @@ from trainers.mode_rows import (
     refuse_conversations,
     require_completions,
     require_modes,
+    require_rows,
     warn_of_lone_prompts,
     warn_of_unknown_tags,
 )
@@ -167,6 +168,7 @@ class ThinkFusionTrainer(Resumable, SFTTrainer):
         probe_prompts: Sequence[str | list[dict]] = (),
         **kwargs,
     ):
+        require_rows(kwargs.get("train_dataset"), "train")
         quantization = kwargs.pop("quantization_config", None)
         model, processing_class = load_policy(model, args, processing_class, quantization)
         settle_losses(model, args)
@@ -188,6 +190,7 @@ class ThinkFusionTrainer(Resumable, SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if isinstance(dataset, IterableDataset):
             raise ValueError("A streamed dataset can be neither counted nor paired; load it without streaming.")
+        require_rows(dataset, dataset_name)
         if formatting_func is None:
             refuse_conversations(dataset, dataset_name)
         if "input_ids" in dataset.column_names or "prompt" not in dataset.column_names:

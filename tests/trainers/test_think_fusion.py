@@ -368,10 +368,28 @@ def test_rows_without_a_mode_are_named(tokenizer, tmp_path):
         trainer_of(llama(), tokenizer, tmp_path, rows)
 
 
-@pytest.mark.parametrize("completion", [None, []])
-def test_rows_without_a_completion_are_named(tokenizer, tmp_path, completion):
-    with pytest.raises(ValueError, match="1 of 3 train rows, e.g. row 2, have no completion"):
-        trainer_of(llama(), tokenizer, tmp_path, [*ROWS[:2], ROWS[0] | {"completion": completion}])
+@pytest.mark.parametrize("missing", [None, []])
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_rows_without_a_prompt_or_a_completion_are_named(tokenizer, tmp_path, column, missing):
+    with pytest.raises(ValueError, match=f"1 of 3 train rows, e.g. row 2, have no {column}"):
+        trainer_of(llama(), tokenizer, tmp_path, [*ROWS[:2], ROWS[0] | {column: missing}])
+
+
+def test_a_dataset_without_rows_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="The train dataset has no rows"):
+        trainer_of(llama(), tokenizer, tmp_path, [])
+    args = trainer_of(llama(), tokenizer, tmp_path).args
+    rows = Dataset.from_list(ROWS)
+    with pytest.raises(ValueError, match="The eval dataset has no rows"):
+        ThinkFusionTrainer(
+            llama(), args, processing_class=tokenizer, train_dataset=rows, eval_dataset=rows.select([])
+        )
+
+
+def test_rows_without_a_column_prompt_are_refused(tokenizer, tmp_path):
+    for rows in ([{"text": "two and two is four"}], [{"completion": row["completion"]} for row in ROWS]):
+        with pytest.raises(ValueError, match=f"The train rows have no column prompt, only {min(rows[0])}, which do not say"):
+            trainer_of(llama(), tokenizer, tmp_path, rows)
 
 
 def test_rows_of_prompts_alone_are_refused(tokenizer, tmp_path):
