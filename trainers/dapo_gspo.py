@@ -174,6 +174,11 @@ class DapoGspoConfig(GRPOConfig):
                 f"save_steps={self.save_steps} falls between the {updates} updates of one generated batch, which a "
                 f"resumed run would not have; use a multiple of {updates}."
             )
+        if self.max_steps > 0 and self.max_steps % updates:
+            raise ValueError(
+                f"max_steps={self.max_steps} ends between the {updates} updates of one generated batch, and a run that goes on "
+                f"from its last checkpoint would not have that batch; use a multiple of {updates}."
+            )
 
 
 def _require_choice(name: str, value, choices) -> None:

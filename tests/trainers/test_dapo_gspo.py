@@ -197,6 +197,7 @@ def test_the_defaults_alone_are_a_valid_config(tmp_path):
         ({"per_device_train_batch_size": GENERATIONS}, "4 rows does not split into instructions of 8"),
         ({"save_strategy": "steps", "save_steps": 3, "num_iterations": 2}, "use a multiple of 2"),
         ({"save_strategy": "steps", "save_steps": 0.5, "num_iterations": 2}, "save_steps=0.5 is a share .* multiple of 2"),
+        ({"save_strategy": "steps", "save_steps": 2, "num_iterations": 2, "max_steps": 3}, "max_steps=3 .* multiple of 2"),
         ({"save_strategy": "steps", "save_steps": 6, "steps_per_generation": 4}, "use a multiple of 4"),
     ],
 )
