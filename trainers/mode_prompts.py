@@ -18,6 +18,8 @@ from trainers.tokenizer import END_THINK, THINK
 logger = logging.get_logger(__name__)
 
 MODES = {"both": (True, False), "thinking": (True,), "non-thinking": (False,)}
+# Columns of these names would collide with what TRL hands to rewards, or be read as pictures.
+MEANT_OTHERWISE = {"prompts", "completions", "trainer_state", "log_extra", "log_metric", "image", "images"}
 MODE_NAMES = {True: "thinking", False: "non_thinking"}
 
 
@@ -85,6 +87,9 @@ def pair_modes(
             f"The dataset has the column {', '.join(sorted(taken))}, but the trainer itself asks each prompt in both "
             "modes; give each instruction once (of a Mode-Overlap Dataset the thinking rows), without that column."
         )
+
+    if meant := MEANT_OTHERWISE & set(dataset.column_names):
+        raise ValueError(f"The column {min(meant)} means something else to TRL; rename it, or leave it out.")
 
     def pair(batch: dict[str, list]) -> dict[str, list]:
         paired = {name: [] for name in (*batch, "thinking", "prompt_ids")}

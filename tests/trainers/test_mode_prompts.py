@@ -83,6 +83,7 @@ def test_long_prompts_are_left_out_in_both_modes_and_counted(tokenizer, caplog):
         ([{"prompt": "2", "thinking": True}], "column thinking"),
         ([{"prompt": "2"}, {"prompt": None}], "A prompt must be a text or a list of messages"),
         ([{"prompt": ask("2"), "tools": "add, two"}], "tools holds 'add, two', no JSON .*; write the list of tools as JSON"),
+        ([{"prompt": "2", "completions": ["3"]}], "The column completions means something else to TRL; rename it"),
         ([{"prompt": 2}], "A prompt must be a text or a list of messages"),
     ],
 )
