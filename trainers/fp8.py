@@ -5,6 +5,7 @@ router, norms and the attention core stay out.
 """
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from modeling_axk1 import AxK1ForCausalLM, count_flops
@@ -53,6 +54,7 @@ def enable_fp8(model: AxK1ForCausalLM, tokens: int = 4096, quiet: bool = False) 
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise ValueError(f"FP8 needs torchao ({error}); pip install 'axk1[fp8]'.") from error
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     check_trainable(model)
     emulated = not multiplies_fp8(model.device)
     left_out = {
@@ -75,7 +77,7 @@ def enable_fp8(model: AxK1ForCausalLM, tokens: int = 4096, quiet: bool = False) 
 
 
 def flop_shares(model: AxK1ForCausalLM, left_out: dict[str, str], tokens: int) -> dict[str, float]:
-    """Share of all FLOPs of a forward and backward pass, by the kind of layer that runs in FP8."""
+    """Share of all FLOPs of a forward and backward pass, by the kind of layer that runs in FP8; an adapter's count nowhere."""
     flops = count_flops(model.config, queries=tokens, mtp=True)
     routed = 0 if "routed experts" in left_out else flops["routed_experts"]
     if routed and model.config.mlp_layer_types[-1] == "sparse":
@@ -83,7 +85,7 @@ def flop_shares(model: AxK1ForCausalLM, left_out: dict[str, str], tokens: int) -
     linear = sum(
         2 * tokens * module.in_features * module.out_features
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in left_out
+        if isinstance(module, nn.Linear) and name not in left_out and ".lora_" not in name
     )
     # Backward doubles every part alike.
     parts = {"linear layers": linear / flops["total"], "routed experts": routed / flops["total"]}

@@ -116,6 +116,13 @@ def test_what_does_not_fit_stays_out_by_name(capsys):
     assert "routed experts (64 x 24 is no multiple of 16)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_an_adapter_takes_no_part_in_the_share(wrapped):
+    model = nano()
+    adapted = get_peft_model(model, lora_config(model, ["attention"]))
+    assert enable_fp8(adapted if wrapped else model, tokens=64, quiet=True) == enable_fp8(nano(), tokens=64, quiet=True)
+
+
 def test_experts_under_an_adapter_are_not_said_to_be_in_fp8(capsys, caplog):
     before, after = nano(), nano()
     adapted = get_peft_model(before, lora_config(before, ["routed"]))
