@@ -57,13 +57,24 @@ def render_prompt(
     return ids
 
 
-def tools_of(tools: str | list[dict] | None) -> dict[str, list[dict]]:
-    """A row's `tools` for the chat template, a list or its JSON text, as TRL's SFTTrainer reads them."""
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError as error:
-        raise ValueError(f"The column tools holds {tools[:80]!r}, no JSON ({error}); write the list of tools as JSON.") from error
-    return {"tools": tools} if tools else {}
+def tools_of(tools: str | list[dict] | None) -> list[dict]:
+    """A row's `tools` for the chat template, a list or its JSON text; none where it has none."""
+    if isinstance(tools, str):
+        try:
+            return json.loads(tools)
+        except ValueError as error:
+            said = f"The column tools holds {tools[:80]!r}, no JSON ({error}); write the list of tools as JSON."
+            raise ValueError(said) from error
+    return without_nulls(tools or [])
+
+
+def without_nulls(value):
+    """Lists and dicts without the None with which a table gives each tool the fields of all others."""
+    if isinstance(value, list):
+        return [without_nulls(each) for each in value]
+    if isinstance(value, dict):
+        return {name: without_nulls(each) for name, each in value.items() if each is not None}
+    return value
 
 
 def pair_modes(
@@ -94,7 +105,8 @@ def pair_modes(
     def pair(batch: dict[str, list]) -> dict[str, list]:
         paired = {name: [] for name in (*batch, "thinking", "prompt_ids")}
         for place, prompt in enumerate(batch["prompt"]):
-            options = (template_kwargs or {}) | (tools_of(batch["tools"][place]) if "tools" in batch else {})
+            tools = tools_of(batch["tools"][place]) if "tools" in batch else []
+            options = (template_kwargs or {}) | ({"tools": tools} if tools else {})
             ids = {mode: render_prompt(tokenizer, prompt, mode, options) for mode in MODES[modes]}
             if max(map(len, ids.values())) > max_prompt_tokens:
                 continue

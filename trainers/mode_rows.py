@@ -3,12 +3,14 @@
 First on rows as they are written, then on the same rows tokenized. Nothing is dropped or changed without being counted.
 """
 
+import json
 import warnings
 from hashlib import sha256
 
 from datasets import Dataset
 
 from trainers.mode_overlap import has_unknown_tag, prompt_key
+from trainers.mode_prompts import tools_of
 from trainers.tokenizer import END_THINK, THINK
 
 THINKING, NON_THINKING, NO_MODE = 1, 0, -1
@@ -96,6 +98,18 @@ def apply_history_policy(dataset: Dataset, policy: str) -> Dataset:
         return {"history_thoughts": running, "prompt": prompt}
 
     return dataset.map(rewrite, desc=f"Thoughts of the history: {policy}")
+
+
+def spell_tools(dataset: Dataset) -> Dataset:
+    """The column `tools` as JSON text, which TRL reads as well; in a table each tool has the fields of all others, as nulls."""
+    if "tools" not in dataset.column_names:
+        return dataset
+
+    def spell(row: dict) -> dict:
+        tools = tools_of(row["tools"])
+        return {"tools": json.dumps(tools, ensure_ascii=False) if tools else None}
+
+    return dataset.map(spell, remove_columns=["tools"], desc="Tools as JSON")
 
 
 def cut_thought(message: dict) -> dict:

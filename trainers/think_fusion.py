@@ -33,6 +33,7 @@ from trainers.mode_rows import (
     require_completions,
     require_modes,
     require_rows,
+    spell_tools,
     warn_of_lone_prompts,
     warn_of_unknown_tags,
 )
@@ -197,7 +198,7 @@ class ThinkFusionTrainer(Resumable, SFTTrainer):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         require_completions(dataset, dataset_name)
         warn_of_unknown_tags(dataset, dataset_name)
-        dataset = apply_history_policy(require_modes(dataset, dataset_name), args.history_thoughts)
+        dataset = apply_history_policy(require_modes(spell_tools(dataset), dataset_name), args.history_thoughts)
         # TRL would cut long rows and drop some without a word: it gets no limit, and `leave_out_overlong` counts.
         unlimited = copy.copy(args)
         unlimited.max_length = None

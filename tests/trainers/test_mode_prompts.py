@@ -55,6 +55,13 @@ def test_tools_are_shown_by_the_chat_template_or_refused(tokenizer, written):
         pair_modes(Dataset.from_list(rows), blind, max_prompt_tokens=999)
 
 
+def test_a_tool_has_no_fields_of_anothers(tokenizer):
+    rows = [{"prompt": ask("2"), "tools": [{"name": "add", field: {field: 1}}]} for field in ("two", "three")]
+    paired = pair_modes(Dataset.from_list(rows), tokenizer, modes="thinking", max_prompt_tokens=999)
+    for row, ids in zip(rows, paired["prompt_ids"]):
+        assert json.dumps(row["tools"][0]) in tokenizer.decode(ids)
+
+
 def test_every_instruction_is_there_in_both_modes_side_by_side(tokenizer):
     paired = pair_modes(Dataset.from_list(questions(3)), tokenizer, max_prompt_tokens=99)
     assert paired["thinking"] == [True, False] * 3 and paired["instruction"] == [0, 0, 1, 1, 2, 2]

@@ -481,6 +481,19 @@ def test_thoughts_between_tool_calls_of_the_running_turn_stay(tokenizer, tmp_pat
     assert "<think>two</think>six" in tokenizer.decode(trainer.train_dataset[0]["input_ids"])
 
 
+@pytest.mark.parametrize("spell", [list, json.dumps], ids=["list", "JSON"])
+def test_each_row_shows_its_own_tools(tokenizer, tmp_path, spell):
+    tools = [{"name": "add", "two": 1}, {"name": "add", "four": 1}]
+    rows = [row | {"tools": spell([tool])} for row, tool in zip(ROWS, [tools[0]] * 2 + [tools[1]] * 2)]
+    trainer = trainer_of(llama(), tokenizer, tmp_path, [*rows, make_row(ask("six"), "six") | {"tools": None}])
+    shown = [tokenizer.decode(ids) for ids in trainer.train_dataset["input_ids"]]
+    assert [[json.dumps(tool) in text for text in shown] for tool in tools] == [
+        [True, True, False, False, False],
+        [False, False, True, True, False],
+    ]
+    assert "# Tools" not in shown[4]
+
+
 def test_a_prompt_without_a_user_stays_as_it_is(tokenizer, tmp_path):
     chat = [{"role": "system", "content": "one"}, {"role": "assistant", "content": "two</think>six"}]
     trainer = trainer_of(llama(), tokenizer, tmp_path, [make_row(chat, "six", "one")])
