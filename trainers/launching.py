@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import yaml
 from peft import PeftConfig
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, TrlParser, get_peft_config
@@ -20,7 +19,7 @@ import modeling_axk1  # noqa: F401
 from trainers import report
 from trainers.adapters import target_names
 from trainers.mode_curves import first_and_last, write_report
-from trainers.safeguards import checkpoints_in
+from trainers.safeguards import checkpoints_in, naming_what_fails
 
 LORA_TARGETS = {
     "help": "With use_peft, the parts to adapt: attention, shared (experts), routed (experts), dense (layers), in place of "
@@ -161,21 +160,16 @@ class Resumable:
         if self.args.should_save:
             # Of another run that saved here: it would vouch for what is half written.
             (Path(out) / f"checkpoint-{step}" / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        try:
+        with naming_what_fails(f"The checkpoint of step {step}", out):
             super()._save_checkpoint(model, trial)
-        except (RuntimeError, SafetensorError) as error:
-            # What torch and safetensors make of a full disk.
-            raise OSError(
-                f"The checkpoint of step {step} could not be written to {out} ({error}); where the disk is full, make room, and "
-                "go on with resume_from_checkpoint=latest."
-            ) from error
 
 
 def train_and_save(trainer, dataset: str) -> None:
     """Train, going on where asked; model, tokenizer, card and report.html end in `output_dir`, and on the Hub if asked."""
     config = trainer.args
     trainer.train(resume_from_checkpoint=find_checkpoint(config))
-    trainer.save_model(config.output_dir)
+    with naming_what_fails("The model", config.output_dir):
+        trainer.save_model(config.output_dir)
     history = trainer.state.log_history
     if trainer.is_world_process_zero():
         path = Path(config.output_dir) / "report.html"

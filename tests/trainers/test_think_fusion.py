@@ -2,7 +2,6 @@
 
 import copy
 import json
-import resource
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch.utils.data import BatchSampler
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
+from tests.folders import full_disk
 from tests.trainers.questions import ask
 from trainers import think_fusion
 from trainers.launching import find_checkpoint
@@ -344,13 +344,9 @@ def test_a_full_disk_is_said(tokenizer, tmp_path, room):
     model = llama()
     room_bytes = int(room * sum(4 * parameter.numel() for parameter in model.parameters()))
     trainer = trainer_of(model, tokenizer, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, before[1]))
-    try:
-        with pytest.raises(OSError, match="The checkpoint of step 1 could not be written to .*where the disk is full, make room"):
+    with pytest.raises(OSError, match="The checkpoint of step 1 could not be written to .*where the disk is full, make room"):
+        with full_disk(room_bytes):
             trainer.train()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_overlong_prompts_leave_in_both_modes_and_are_counted(tokenizer, tmp_path):
