@@ -27,7 +27,16 @@ from trl.rewards import get_soft_overlong_punishment
 
 from modeling_axk1.generation_axk1 import set_thinking_tokens
 from trainers.adapters import group_experts
-from trainers.dynamic_sampling import Group, Rollout, fill_slots, group_rollouts, groups_to_ask, mode_metrics
+from trainers.dynamic_sampling import (
+    Group,
+    Rollout,
+    fill_slots,
+    group_rollouts,
+    groups_to_ask,
+    mode_metrics,
+    regroup,
+    slim,
+)
 from trainers.launching import Resumable, load_policy, settle_losses
 from trainers.mode_curves import Measure, write_card
 from trainers.mode_prompts import MODE_NAMES, MODES, PairedSampler, draw_instructions, pair_modes
@@ -259,6 +268,8 @@ class DapoGspoTrainer(Resumable, GRPOTrainer):
         # The rows being asked, for `_tokenize_prompts`; and the rollouts that fill the batch, once they are chosen.
         self._asking: list[dict] = []
         self._chosen: tuple[list[Rollout], Tensor] | None = None
+        # All that the evaluation has asked so far.
+        self._evaluated: list[Group] = []
         super().__init__(
             model,
             reward_funcs=rewards,
@@ -405,6 +416,14 @@ class DapoGspoTrainer(Resumable, GRPOTrainer):
             "num_items_in_batch": self.accelerator.gather(mask_BS.sum()).sum(),
         }
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._evaluated and not self.model.training:
+            # Of all answers at once: a mean over batches counts an answer the more, the fewer of its mode its batch holds.
+            groups = regroup(self._evaluated, self.num_generations_eval)
+            self._evaluated = []
+            self._metrics["eval"] |= {name: [value] for name, value in mode_metrics(groups, self.tokens).items()}
+        super().log(logs, start_time)
+
     def _log_sampling(self, phase: str, asked: list[Group], slots: list[Group], rounds: int) -> None:
         fates = [group.fate for group in asked]
         dead = sum(not group.alive for group in slots)
@@ -419,6 +438,8 @@ class DapoGspoTrainer(Resumable, GRPOTrainer):
         metrics = mode_metrics(asked, self.tokens) | {f"sampling/{name}": value for name, value in sampling.items()}
         for name, value in metrics.items():
             self._metrics[phase][name].append(value)
+        if phase == "eval":
+            self._evaluated += [slim(group) for group in asked]
         if dead == len(slots) and self.accelerator.is_main_process:
             logger.warning(
                 f"Step {self.state.global_step}: none of {len(asked)} groups in {rounds} rounds has a spread of rewards "

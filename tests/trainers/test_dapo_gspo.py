@@ -380,6 +380,17 @@ def test_evaluation_measures_both_modes_without_resampling(tokenizer, tmp_path):
     assert metrics["eval_sampling/rounds"] == 1 and metrics["eval_sampling/dead_groups"] == 0
 
 
+def test_how_an_evaluation_is_cut_into_batches_does_not_matter(tokenizer, tmp_path):
+    """Batches of three groups hold two of one mode and one of the other."""
+    measured = []
+    for rows in (24, 12):
+        more = {"max_steps": 1, "per_device_eval_batch_size": rows, "eval_dataset": Dataset.from_list(questions(3))}
+        trainer = train(tokenizer, tmp_path, mixed, questions(8), **more)
+        for metrics in (trainer.evaluate(), trainer.evaluate()):
+            measured.append({name: value for name, value in metrics.items() if "thinking/" in name})
+    assert all(each == measured[0] for each in measured) and measured[0]["eval_thinking/accuracy"] == 0.5
+
+
 # -- real generation ----------------------------------------------------------------------------------------------------
 def odd_length(answer, row):
     return len(answer) % 2 == 1
