@@ -260,7 +260,8 @@ class ThinkFusionTrainer(Resumable, SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         phase = "train" if self.model.training else "eval"
-        prefix = "eval_" if phase == "eval" else ""
+        # Of several datasets each has its own: eval_NAME_loss.
+        prefix = next((name.removesuffix("loss") for name in logs if name.endswith("_loss")), "eval_") if phase == "eval" else ""
         sums = self._mode_sums[phase]
         tokens = {"thinking": sums[0, 1].item(), "non_thinking": sums[1, 1].item()}
         for row, mode in enumerate(tokens):

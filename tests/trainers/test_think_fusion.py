@@ -135,6 +135,22 @@ def test_evaluation_logs_both_modes(tokenizer, tmp_path):
     assert together == pytest.approx(logged["eval_loss"], rel=1e-4)
 
 
+def test_each_of_several_evaluation_sets_has_its_own_losses(tokenizer, tmp_path):
+    trainer = trainer_of(llama(), tokenizer, tmp_path)
+    whole, half = Dataset.from_list(ROWS), Dataset.from_list(ROWS[:2])
+    alone = [
+        ThinkFusionTrainer(llama(), trainer.args, processing_class=tokenizer, train_dataset=whole, eval_dataset=each).evaluate()
+        for each in (whole, half)
+    ]
+    both = ThinkFusionTrainer(
+        llama(), trainer.args, processing_class=tokenizer, train_dataset=whole, eval_dataset={"a": whole, "b": half}
+    )
+    found = both.evaluate()
+    for name, truth in zip("ab", alone):
+        for measure in ("loss_thinking", "loss_non_thinking", "thinking_token_share"):
+            assert found[f"eval_{name}_{measure}"] == truth[f"eval_{measure}"]
+
+
 def test_a_model_of_a_balance_loss_trains_without_it_which_is_said(tokenizer, tmp_path, caplog):
     plain = trainer_of(axk1(), tokenizer, tmp_path)
     plain.train()
