@@ -1,5 +1,7 @@
-"""What does a folder hold: its tensors by name, its files byte by byte, and are two folders' tensors the same bits?"""
+"""What does a folder hold: tensors by name, files byte by byte, are two folders' tensors the same bits? And a full disk."""
 
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,3 +21,14 @@ def assert_same_bits(out, truth):
     for name in truth:
         assert out[name].dtype == truth[name].dtype and out[name].shape == truth[name].shape, name
         assert torch.equal(out[name].flatten().view(torch.uint8), truth[name].flatten().view(torch.uint8)), name
+
+
+@contextmanager
+def full_disk(room_bytes: int):
+    """No file grows beyond this, which a process sees as it sees a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

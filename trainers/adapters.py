@@ -124,6 +124,8 @@ def group_experts(config: PeftConfig | None, model: nn.Module) -> PeftConfig | N
         warn_of_missed_experts(config, experts)
     else:
         refuse_parts(model, "adapt the routed experts of")
+    if targeted and model.config._experts_implementation == "axk1_fp8":
+        logger.warning("Routed experts leave FP8 under an adapter, whose path computes in their weights' dtype.")
     if targeted and config.lora_dropout:
         # It would need a mask of its own for every token-expert pair; PEFT refuses it, too.
         raise ValueError(

@@ -47,9 +47,9 @@ def routers_of(model: nn.Module) -> dict[str, AxK1TopkRouter]:
 class BalanceCallback(TrainerCallback):
     """Counts each expert's tokens, and after every optimizer step moves the biases; for any Trainer of an A.X K1 model.
 
-    rate_now() is the step's size at this moment; 0 leaves the biases alone and still counts. Loads are summed over micro-batches
-    and over ranks, so that every rank moves its biases alike. `window` is the load since the last `metrics()`, `total` since the
-    last `start_stage()`, both [L, E] int64.
+    rate_now() is the step's size at this moment; 0 leaves the biases alone and still counts. Loads are summed over micro-
+    batches and over ranks, so that every rank moves its biases alike; padding counts as tokens, for the routers see no mask.
+    `window` is the load since the last `metrics()`, `total` since the last `start_stage()`, both [L, E] int64.
 
     ValueError for a positive rate and a router without a bias (`topk_method` other than noaux_tc).
     """

@@ -28,8 +28,17 @@ from trl.rewards import get_soft_overlong_punishment
 from modeling_axk1.generation_axk1 import set_thinking_tokens
 from modeling_axk1.quantization_axk1 import is_packed
 from trainers.adapters import group_experts
-from trainers.dynamic_sampling import Group, Rollout, fill_slots, group_rollouts, groups_to_ask, mode_metrics
-from trainers.launching import load_policy, settle_losses
+from trainers.dynamic_sampling import (
+    Group,
+    Rollout,
+    fill_slots,
+    group_rollouts,
+    groups_to_ask,
+    mode_metrics,
+    regroup,
+    slim,
+)
+from trainers.launching import Resumable, load_policy, settle_losses
 from trainers.mode_curves import Measure, write_card
 from trainers.mode_prompts import MODE_NAMES, MODES, PairedSampler, draw_instructions, pair_modes
 from trainers.rewards import ON_ERROR, Judge, Tokens, checked, correct_reward, format_reward
@@ -175,6 +184,11 @@ class DapoGspoConfig(GRPOConfig):
                 f"save_steps={self.save_steps} falls between the {updates} updates of one generated batch, which a "
                 f"resumed run would not have; use a multiple of {updates}."
             )
+        if self.max_steps > 0 and self.max_steps % updates:
+            raise ValueError(
+                f"max_steps={self.max_steps} ends between the {updates} updates of one generated batch, and a run that goes on "
+                f"from its last checkpoint would not have that batch; use a multiple of {updates}."
+            )
 
 
 def _require_choice(name: str, value, choices) -> None:
@@ -196,7 +210,7 @@ MEASURES = tuple(
 
 
 # -- the trainer --------------------------------------------------------------------------------------------------------
-class DapoGspoTrainer(GRPOTrainer):
+class DapoGspoTrainer(Resumable, GRPOTrainer):
     """GRPOTrainer for any causal LM whose tokenizer has `<think>` and `</think>` as single tokens, both modes in one run.
 
     judge(answer text, row) -> bool decides R_correct (see `trainers.rewards`); `shaping_rewards` are further reward
@@ -260,6 +274,8 @@ class DapoGspoTrainer(GRPOTrainer):
         # The rows being asked, for `_tokenize_prompts`; and the rollouts that fill the batch, once they are chosen.
         self._asking: list[dict] = []
         self._chosen: tuple[list[Rollout], Tensor] | None = None
+        # All that the evaluation has asked so far.
+        self._evaluated: list[Group] = []
         super().__init__(
             model,
             reward_funcs=rewards,
@@ -411,6 +427,14 @@ class DapoGspoTrainer(GRPOTrainer):
             "num_items_in_batch": self.accelerator.gather(mask_BS.sum()).sum(),
         }
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._evaluated and not self.model.training:
+            # Of all answers at once: a mean over batches counts an answer the more, the fewer of its mode its batch holds.
+            groups = regroup(self._evaluated, self.num_generations_eval)
+            self._evaluated = []
+            self._metrics["eval"] |= {name: [value] for name, value in mode_metrics(groups, self.tokens).items()}
+        super().log(logs, start_time)
+
     def _log_sampling(self, phase: str, asked: list[Group], slots: list[Group], rounds: int) -> None:
         fates = [group.fate for group in asked]
         dead = sum(not group.alive for group in slots)
@@ -425,6 +449,8 @@ class DapoGspoTrainer(GRPOTrainer):
         metrics = mode_metrics(asked, self.tokens) | {f"sampling/{name}": value for name, value in sampling.items()}
         for name, value in metrics.items():
             self._metrics[phase][name].append(value)
+        if phase == "eval":
+            self._evaluated += [slim(group) for group in asked]
         if dead == len(slots) and self.accelerator.is_main_process:
             logger.warning(
                 f"Step {self.state.global_step}: none of {len(asked)} groups in {rounds} rounds has a spread of rewards "

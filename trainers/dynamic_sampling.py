@@ -7,7 +7,8 @@ Axes: R rollouts, N groups, G completions a group, F reward functions.
 """
 
 import math
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -79,6 +80,30 @@ def groups_to_ask(missing: int, asked: int, kept: int, *, unit: int, most: int) 
     """How many groups the next round asks: enough for `missing` at the keep rate so far, in units, at most a full batch."""
     expected = most if not kept else math.ceil(missing * asked / kept)
     return min(math.ceil(expected / unit) * unit, most)
+
+
+def slim(group: Group) -> Group:
+    """What `mode_metrics` reads of a group, to be kept for a whole evaluation."""
+    rollouts = [
+        Rollout({name: each.row[name] for name in ("instruction", "thinking")}, array("I", each.completion_ids), "", None, {})
+        for each in group.rollouts
+    ]
+    return replace(group, rollouts=rollouts)
+
+
+def regroup(groups: Sequence[Group], generations: int) -> list[Group]:
+    """Groups by what their rows answer, each of the first `generations` completions.
+
+    The batches of an evaluation cut groups where they may, and the last one is filled up with rows of the first.
+    """
+    answers = defaultdict(list)
+    for group in groups:
+        for rollout, rewards_F in zip(group.rollouts, group.rewards_GF):
+            answers[rollout.row["instruction"], rollout.row["thinking"]].append((rollout, rewards_F))
+    chosen = [each[:generations] for each in answers.values()]
+    return [
+        Group([rollout for rollout, _ in each], torch.stack([rewards_F for _, rewards_F in each]), alive=True) for each in chosen
+    ]
 
 
 def mode_metrics(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:

@@ -5,10 +5,12 @@ router, norms and the attention core stay out.
 """
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from modeling_axk1 import AxK1ForCausalLM, count_flops
 from modeling_axk1.fp8_axk1 import ALIGNMENT, multiplies_fp8
+from trainers.adapters import ParamWrapper
 
 
 def stays_out(module: nn.Module, name: str) -> str | None:
@@ -17,6 +19,16 @@ def stays_out(module: nn.Module, name: str) -> str | None:
         return "the head"
     if module.in_features % ALIGNMENT or module.out_features % ALIGNMENT:
         return f"{module.in_features} x {module.out_features} is no multiple of {ALIGNMENT}"
+    return None
+
+
+def experts_stay_out(model: AxK1ForCausalLM) -> str | None:
+    """Why the routed experts are not computed in FP8; None if they are."""
+    sizes = model.config.hidden_size, model.config.moe_intermediate_size
+    if any(size % ALIGNMENT for size in sizes):
+        return f"{sizes[0]} x {sizes[1]} is no multiple of {ALIGNMENT}"
+    if any(isinstance(module, ParamWrapper) for module in model.modules()):
+        return "an adapter's path has no FP8"
     return None
 
 
@@ -42,6 +54,7 @@ def enable_fp8(model: AxK1ForCausalLM, tokens: int = 4096, quiet: bool = False) 
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise ValueError(f"FP8 needs torchao ({error}); pip install 'axk1[fp8]'.") from error
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     check_trainable(model)
     emulated = not multiplies_fp8(model.device)
     left_out = {
@@ -53,12 +66,10 @@ def enable_fp8(model: AxK1ForCausalLM, tokens: int = 4096, quiet: bool = False) 
         # Its defaults are the paper's formats: per-tensor E4M3 inputs and weights, E5M2 gradients.
         config=Float8LinearConfig(emulate=emulated),
     )
-    experts_aligned = model.config.hidden_size % ALIGNMENT == model.config.moe_intermediate_size % ALIGNMENT == 0
-    if experts_aligned:
-        model.set_experts_implementation("axk1_fp8")
+    if why := experts_stay_out(model):
+        left_out["routed experts"] = why
     else:
-        sizes = f"{model.config.hidden_size} x {model.config.moe_intermediate_size}"
-        left_out["routed experts"] = f"{sizes} is no multiple of {ALIGNMENT}"
+        model.set_experts_implementation("axk1_fp8")
     shares = flop_shares(model, left_out, tokens)
     if not quiet:
         print_shares(shares, left_out, emulated)
@@ -66,7 +77,7 @@ def enable_fp8(model: AxK1ForCausalLM, tokens: int = 4096, quiet: bool = False) 
 
 
 def flop_shares(model: AxK1ForCausalLM, left_out: dict[str, str], tokens: int) -> dict[str, float]:
-    """Share of all FLOPs of a forward and backward pass, by the kind of layer that runs in FP8."""
+    """Share of all FLOPs of a forward and backward pass, by the kind of layer that runs in FP8; an adapter's count nowhere."""
     flops = count_flops(model.config, queries=tokens, mtp=True)
     routed = 0 if "routed experts" in left_out else flops["routed_experts"]
     if routed and model.config.mlp_layer_types[-1] == "sparse":
@@ -74,7 +85,7 @@ def flop_shares(model: AxK1ForCausalLM, left_out: dict[str, str], tokens: int) -
     linear = sum(
         2 * tokens * module.in_features * module.out_features
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in left_out
+        if isinstance(module, nn.Linear) and name not in left_out and ".lora_" not in name
     )
     # Backward doubles every part alike.
     parts = {"linear layers": linear / flops["total"], "routed experts": routed / flops["total"]}

@@ -19,7 +19,7 @@ import modeling_axk1  # noqa: F401
 from trainers import report
 from trainers.adapters import target_names
 from trainers.mode_curves import first_and_last, write_report
-from trainers.safeguards import checkpoints_in
+from trainers.safeguards import checkpoints_in, naming_what_fails
 
 LORA_TARGETS = {
     "help": "With use_peft, the parts to adapt: attention, shared (experts), routed (experts), dense (layers), in place of "
@@ -145,11 +145,31 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
+class Resumable:
+    """Mixed into a TRL trainer: what has ended trains no further, and no checkpoint is whole before all of it is written."""
+
+    def _run_epoch(self, *args, **kwargs):
+        # Resumed where it had ended inside an epoch, transformers 5.23 would train one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step, out = self.state.global_step, self._get_output_dir(trial)
+        if self.args.should_save:
+            # Of another run that saved here: it would vouch for what is half written.
+            (Path(out) / f"checkpoint-{step}" / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        with naming_what_fails(f"The checkpoint of step {step}", out):
+            super()._save_checkpoint(model, trial)
+
+
 def train_and_save(trainer, dataset: str) -> None:
     """Train, going on where asked; model, tokenizer, card and report.html end in `output_dir`, and on the Hub if asked."""
     config = trainer.args
     trainer.train(resume_from_checkpoint=find_checkpoint(config))
-    trainer.save_model(config.output_dir)
+    with naming_what_fails("The model", config.output_dir):
+        trainer.save_model(config.output_dir)
     history = trainer.state.log_history
     if trainer.is_world_process_zero():
         path = Path(config.output_dir) / "report.html"

@@ -3,6 +3,7 @@
     [I; <think>] and [I; </think>], side by side in one batch
 """
 
+import json
 import random
 from collections.abc import Callable, Container, Iterator
 
@@ -17,6 +18,8 @@ from trainers.tokenizer import END_THINK, THINK
 logger = logging.get_logger(__name__)
 
 MODES = {"both": (True, False), "thinking": (True,), "non-thinking": (False,)}
+# Columns of these names would collide with what TRL hands to rewards, or be read as pictures.
+MEANT_OTHERWISE = {"prompts", "completions", "trainer_state", "log_extra", "log_metric", "image", "images"}
 MODE_NAMES = {True: "thinking", False: "non_thinking"}
 
 
@@ -25,20 +28,25 @@ def render_prompt(
 ) -> list[int]:
     """Token ids of an instruction, ended by its mode's control token: by the chat template, or appended to a text.
 
-    ValueError where the chat template ends the turn in some way of its own, and for what is no prompt.
+    ValueError where the chat template ends the turn in some way of its own or shows no `tools`, and for what is no prompt.
     """
     tag = THINK if thinking else END_THINK
     control = tokenizer.convert_tokens_to_ids(tag)
-    asked = prompt_key(prompt)
+    asked, options = prompt_key(prompt), template_kwargs or {}
+
+    def render(**more) -> list[int]:
+        rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **(options | more))
+        return rendered["input_ids"]
+
+    if options.get("tools") and (isinstance(prompt, str) or render(tools=None) == render()):
+        raise ValueError(
+            "A prompt has tools, and it is a text, or the chat template leaves them out; give messages and a template that shows "
+            "tools (trainers.tokenizer.CHAT_TEMPLATE), or remove the column tools."
+        )
     if isinstance(prompt, str):
         ids = tokenizer(asked + tag)["input_ids"]
     else:
-        both = [
-            tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=True, enable_thinking=mode, **(template_kwargs or {})
-            )["input_ids"]
-            for mode in (thinking, not thinking)
-        ]
+        both = [render(enable_thinking=mode) for mode in (thinking, not thinking)]
         # A template that does not know the modes leaves the turn bare.
         ids = [*both[0], control] if both[0] == both[1] else both[0]
     if ids[-1] != control:
@@ -49,13 +57,34 @@ def render_prompt(
     return ids
 
 
+def tools_of(tools: str | list[dict] | None) -> list[dict]:
+    """A row's `tools` for the chat template, a list or its JSON text; none where it has none."""
+    if isinstance(tools, str):
+        try:
+            return json.loads(tools)
+        except ValueError as error:
+            said = f"The column tools holds {tools[:80]!r}, no JSON ({error}); write the list of tools as JSON."
+            raise ValueError(said) from error
+    return without_nulls(tools or [])
+
+
+def without_nulls(value):
+    """Lists and dicts without the None with which a table gives each tool the fields of all others."""
+    if isinstance(value, list):
+        return [without_nulls(each) for each in value]
+    if isinstance(value, dict):
+        return {name: without_nulls(each) for name, each in value.items() if each is not None}
+    return value
+
+
 def pair_modes(
     dataset: Dataset, tokenizer, *, modes: str = "both", max_prompt_tokens: int, template_kwargs: dict | None = None
 ) -> Dataset:
     """Each instruction once in each mode, in neighbouring rows, thinking first, its other columns repeated.
 
-    Adds the columns `thinking` (bool), `prompt_ids` and `instruction` (its number). Instructions whose prompt is longer
-    than `max_prompt_tokens` are left out in all modes, with a warning that counts them; ValueError if none is left.
+    A column `tools` is shown by the chat template. Adds the columns `thinking` (bool), `prompt_ids` and `instruction` (its
+    number). Instructions whose prompt is longer than `max_prompt_tokens` are left out in all modes, with a warning that counts
+    them; ValueError if none is left.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(
@@ -70,10 +99,15 @@ def pair_modes(
             "modes; give each instruction once (of a Mode-Overlap Dataset the thinking rows), without that column."
         )
 
+    if meant := MEANT_OTHERWISE & set(dataset.column_names):
+        raise ValueError(f"The column {min(meant)} means something else to TRL; rename it, or leave it out.")
+
     def pair(batch: dict[str, list]) -> dict[str, list]:
         paired = {name: [] for name in (*batch, "thinking", "prompt_ids")}
         for place, prompt in enumerate(batch["prompt"]):
-            ids = {mode: render_prompt(tokenizer, prompt, mode, template_kwargs) for mode in MODES[modes]}
+            tools = tools_of(batch["tools"][place]) if "tools" in batch else []
+            options = (template_kwargs or {}) | ({"tools": tools} if tools else {})
+            ids = {mode: render_prompt(tokenizer, prompt, mode, options) for mode in MODES[modes]}
             if max(map(len, ids.values())) > max_prompt_tokens:
                 continue
             for mode in MODES[modes]:

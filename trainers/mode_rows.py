@@ -3,36 +3,48 @@
 First on rows as they are written, then on the same rows tokenized. Nothing is dropped or changed without being counted.
 """
 
+import json
 import warnings
 from hashlib import sha256
 
 from datasets import Dataset
 
 from trainers.mode_overlap import has_unknown_tag, prompt_key
+from trainers.mode_prompts import tools_of
 from trainers.tokenizer import END_THINK, THINK
 
 THINKING, NON_THINKING, NO_MODE = 1, 0, -1
 
 
+def require_rows(dataset, name: str) -> None:
+    """ValueError for a dataset without rows, which TRL fails on with a bare StopIteration, or in the midst of its tokenizing."""
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise ValueError(f"The {name} dataset has no rows; give one with some.")
+
+
 def refuse_conversations(dataset: Dataset, name: str) -> None:
-    """ValueError for whole conversations: TRL would train them without modes, control tokens included."""
-    whole = {"messages", "conversations"} & set(dataset.column_names)
-    if whole and not {"prompt", "input_ids"} & set(dataset.column_names):
-        raise ValueError(
-            f"The {name} rows are conversations in a column {min(whole)}, which do not say their mode; make rows of prompt and "
-            "completion with trainers.mode_overlap.make_row."
-        )
+    """ValueError for whole conversations and texts: TRL would train them without modes, control tokens included."""
+    columns = dataset.column_names
+    if {"prompt", "input_ids"} & set(columns):
+        return
+    whole = {"messages", "conversations"} & set(columns)
+    what = f"are conversations in a column {min(whole)}" if whole else f"have no column prompt, only {', '.join(columns)}"
+    raise ValueError(
+        f"The {name} rows {what}, which do not say their mode; make rows of prompt and completion with "
+        "trainers.mode_overlap.make_row."
+    )
 
 
 def require_completions(dataset: Dataset, name: str) -> None:
-    """ValueError for a row whose completion is missing or empty, which TRL fails on without naming it."""
+    """ValueError for a row whose prompt or completion is missing or empty, which TRL fails on without naming it."""
     if "completion" not in dataset.column_names:
         raise ValueError(f"The {name} rows have no column completion; make them with trainers.mode_overlap.make_row.")
-    empty = [row for row, completion in enumerate(dataset["completion"]) if not completion]
-    if empty:
-        raise ValueError(
-            f"{len(empty)} of {len(dataset)} {name} rows, e.g. row {empty[0]}, have no completion; mend them, or leave them out."
-        )
+    for column in ("prompt", "completion"):
+        empty = [row for row, written in enumerate(dataset[column]) if not written]
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(dataset)} {name} rows, e.g. row {empty[0]}, have no {column}; mend or remove them."
+            )
 
 
 def require_modes(dataset: Dataset, name: str) -> Dataset:
@@ -86,6 +98,18 @@ def apply_history_policy(dataset: Dataset, policy: str) -> Dataset:
         return {"history_thoughts": running, "prompt": prompt}
 
     return dataset.map(rewrite, desc=f"Thoughts of the history: {policy}")
+
+
+def spell_tools(dataset: Dataset) -> Dataset:
+    """The column `tools` as JSON text, which TRL reads as well; in a table each tool has the fields of all others, as nulls."""
+    if "tools" not in dataset.column_names:
+        return dataset
+
+    def spell(row: dict) -> dict:
+        tools = tools_of(row["tools"])
+        return {"tools": json.dumps(tools, ensure_ascii=False) if tools else None}
+
+    return dataset.map(spell, remove_columns=["tools"], desc="Tools as JSON")
 
 
 def cut_thought(message: dict) -> dict:

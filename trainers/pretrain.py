@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -44,6 +43,7 @@ from trainers.safeguards import (
     SpikeDetector,
     StopRequest,
     checkpoints_in,
+    naming_what_fails,
     seal,
     sound_checkpoint,
     step_of,
@@ -397,13 +397,8 @@ class PretrainTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._run_dir = str(out / UNFINISHED)
         try:
-            super()._save_checkpoint(model, trial)
-        except (RuntimeError, SafetensorError) as error:
-            # What torch and safetensors make of a full disk.
-            raise OSError(
-                f"The checkpoint of step {self.state.global_step} could not be written to {out} ({error}); where the disk is "
-                "full, make room, and the same command goes on from the one before."
-            ) from error
+            with naming_what_fails(f"The checkpoint of step {self.state.global_step}", out):
+                super()._save_checkpoint(model, trial)
         finally:
             self._run_dir = None
         self.accelerator.wait_for_everyone()

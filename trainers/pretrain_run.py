@@ -17,6 +17,7 @@ from trainers import report, tables
 from trainers.curriculum import CURRICULUM_KINDS, Curriculum, load_curriculum
 from trainers.mtp import MTPCallback
 from trainers.pretrain import PretrainConfig, PretrainTrainer
+from trainers.safeguards import naming_what_fails
 from trainers.token_store import described, end_of_text, prepare
 
 STOPPED_BY_SIGTERM = 143  # 128 + 15, as the shell has it
@@ -167,7 +168,8 @@ def run_pretrain(settings: Sequence[str]) -> PretrainTrainer:
         print(f"{report.text_table(planned(curriculum, trainer))}\n")
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     if not trainer.stopped:
-        trainer.save_model(config.output_dir)
+        with naming_what_fails("The model", config.output_dir):
+            trainer.save_model(config.output_dir)
     if trainer.is_world_process_zero():
         page = Path(config.output_dir) / "report.html"
         write_report(page, trainer)

@@ -9,8 +9,12 @@ import re
 import signal
 import statistics
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+
+from safetensors import SafetensorError
 
 CHECKSUMS = "checksums.json"
 CHUNK_BYTES = 1 << 22
@@ -58,6 +62,19 @@ class StopRequest:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         signal.signal(signal.SIGTERM, self.before)
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
+@contextmanager
+def naming_what_fails(what: str, folder: str | Path) -> Iterator[None]:
+    """OSError, in a sentence, for what torch and safetensors make of a full disk."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(
+            f"{what} could not be written to {folder} ({error}); where the disk is full, make room, and the same command goes on "
+            "from the last checkpoint (resume_from_checkpoint=latest)."
+        ) from error
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from trainers.corpus import files_of, no_text_error, read_documents, unread
+from trainers.tokenizer import END_THINK
 
 # Many forms of one content: a single prompt makes documents that resemble each other more than their seeds do.
 FORMS = (
@@ -35,6 +36,8 @@ TOPIC_PROMPT = (
     "Write {form} in {language} about this topic: {topic}. Be concrete and correct, and answer with the document alone."
 )
 SEED_CHARACTERS = 6_000
+# Of a written line: what a kill left half begins so.
+LINE_START = b'{"id": "'
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ def local_writer(
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto").eval()
+    end_think = tokenizer.get_vocab().get(END_THINK)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
 
     def write(request: Request) -> Reply:
@@ -131,8 +135,10 @@ def local_writer(
         with torch.random.fork_rng():
             torch.manual_seed(int(request.id[:12], 16) + seed)
             out = model.generate(**prompt.to(model.device), max_new_tokens=max_tokens, **sampling)
-        new = out[0, prompt["input_ids"].shape[1] :]
-        return Reply(tokenizer.decode(new, skip_special_tokens=True).strip(), len(new) < max_tokens)
+        new = out[0, prompt["input_ids"].shape[1] :].tolist()
+        # Nor is a thought a document here.
+        answer = new[len(new) - new[::-1].index(end_think) :] if end_think in new else new
+        return Reply(tokenizer.decode(answer, skip_special_tokens=True).strip(), len(new) < max_tokens)
 
     return write
 
@@ -149,7 +155,8 @@ def synthesize(
     done = _finished(out)
     counts, failure = Counter({"there already": len(done)}), None
     out.parent.mkdir(parents=True, exist_ok=True)
-    wanted = (request for request in requests if request.id not in done)
+    # Each once, as documents and topics occur twice.
+    wanted = (request for request in requests if not (request.id in done or done.add(request.id)))
     with out.open("a", encoding="utf-8") as file, ThreadPoolExecutor(workers) as pool:
         with tqdm(desc="writing", unit=" documents") as bar:
             # So many at a time: the requests of a corpus are not all held.
@@ -194,9 +201,17 @@ def _finished(out: Path) -> set[str]:
         return set()
     content = out.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
+    half = content[len(whole) :]
+    try:
+        done = {json.loads(line)["id"] for line in whole.splitlines()}
+        ours = half.startswith(LINE_START[: len(half)])
+    except (ValueError, TypeError, KeyError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{out} holds lines that no synthesis wrote; name another file, or remove it.")
+    if half:
         os.truncate(out, len(whole))
-    return {json.loads(line)["id"] for line in whole.splitlines()}
+    return done
 
 
 def run_synthesize(

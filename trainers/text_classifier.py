@@ -211,13 +211,20 @@ def fit_transformers(
 
 
 def load_classifier(folder: str | Path) -> LinearClassifier | TransformersClassifier:
-    """What `train_classifier` wrote, or any folder of a Transformers sequence classifier in safetensors. Runs none of it."""
+    """What `train_classifier` wrote, or any folder of a Transformers sequence classifier in safetensors. Runs none of it.
+
+    ValueError for what is damaged, and for a model whose classes were never trained, such as a causal one.
+    """
     folder = Path(folder)
-    card = json.loads((folder / CARD).read_text()) if (folder / CARD).exists() else {"kind": "transformers"}
+    card = _read_card(folder) if (folder / CARD).exists() else {"kind": "transformers"}
     if card["kind"] == "linear":
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        arrays = load_file(folder / "linear.safetensors")
+        try:
+            arrays = load_file(folder / "linear.safetensors")
+        except SafetensorError as error:
+            raise ValueError(f"{folder}/linear.safetensors is damaged ({error}); copy it again, or train anew.") from error
         shape = (len(card["labels"]), FEATURES + MEASURES)
         if arrays["weight"].shape != shape:
             raise ValueError(f"{folder} holds weights of shape {arrays['weight'].shape}, not {shape}; train it again.")
@@ -232,7 +239,11 @@ def load_classifier(folder: str | Path) -> LinearClassifier | TransformersClassi
 
     import modeling_axk1  # noqa: F401  registers AxK1ForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False, use_safetensors=True)
+    model, found = AutoModelForSequenceClassification.from_pretrained(
+        folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{folder} has no {missing[0]}, so it is no trained classifier; train one with --base {folder}.")
     if model.config.num_labels < 2:
         raise ValueError(f"{folder} has {model.config.num_labels} label; a classifier needs two or more.")
     labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
@@ -244,12 +255,20 @@ def labels_of(folder: str | Path) -> list[str]:
     """The labels of what `load_classifier` would load, without its weights."""
     folder = Path(folder)
     if (folder / CARD).exists():
-        return json.loads((folder / CARD).read_text())["labels"]
+        return _read_card(folder)["labels"]
     from transformers import AutoConfig
 
     import modeling_axk1  # noqa: F401  registers AxK1Config
 
     return list(AutoConfig.from_pretrained(folder, trust_remote_code=False).id2label.values())
+
+
+def _read_card(folder: Path) -> dict:
+    try:
+        card = json.loads((folder / CARD).read_text())
+        return {name: card[name] for name in ("kind", "labels", "temperature")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / CARD} is damaged; copy it again, or train anew.") from error
 
 
 def _write_card(folder: Path, kind: str, labels: Sequence[str], temperature: float) -> None:

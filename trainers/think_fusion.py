@@ -18,7 +18,7 @@ from trl.models.utils import unwrap_model_for_generation
 from modeling_axk1.generation_axk1 import set_thinking_tokens
 from trainers.adapters import group_experts
 from trainers.evaluation import evaluate_mode
-from trainers.launching import load_policy, settle_losses
+from trainers.launching import Resumable, load_policy, settle_losses
 from trainers.mode_curves import Measure, write_card
 from trainers.mode_order import EpochSampler, draw_mix, order_units, pair_rows
 from trainers.mode_rows import (
@@ -32,6 +32,8 @@ from trainers.mode_rows import (
     refuse_conversations,
     require_completions,
     require_modes,
+    require_rows,
+    spell_tools,
     warn_of_lone_prompts,
     warn_of_unknown_tags,
 )
@@ -137,7 +139,7 @@ MEASURES = (
 )
 
 
-class ThinkFusionTrainer(SFTTrainer):
+class ThinkFusionTrainer(Resumable, SFTTrainer):
     """SFTTrainer for any causal LM whose tokenizer has `<think>` and `</think>` as single tokens.
 
     Logs besides TRL's metrics `loss_thinking`, `loss_non_thinking` (mean over the mode's trained tokens since the last
@@ -167,6 +169,7 @@ class ThinkFusionTrainer(SFTTrainer):
         probe_prompts: Sequence[str | list[dict]] = (),
         **kwargs,
     ):
+        require_rows(kwargs.get("train_dataset"), "train")
         quantization = kwargs.pop("quantization_config", None)
         model, processing_class = load_policy(model, args, processing_class, quantization)
         settle_losses(model, args)
@@ -188,13 +191,14 @@ class ThinkFusionTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if isinstance(dataset, IterableDataset):
             raise ValueError("A streamed dataset can be neither counted nor paired; load it without streaming.")
+        require_rows(dataset, dataset_name)
         if formatting_func is None:
             refuse_conversations(dataset, dataset_name)
         if "input_ids" in dataset.column_names or "prompt" not in dataset.column_names:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         require_completions(dataset, dataset_name)
         warn_of_unknown_tags(dataset, dataset_name)
-        dataset = apply_history_policy(require_modes(dataset, dataset_name), args.history_thoughts)
+        dataset = apply_history_policy(require_modes(spell_tools(dataset), dataset_name), args.history_thoughts)
         # TRL would cut long rows and drop some without a word: it gets no limit, and `leave_out_overlong` counts.
         unlimited = copy.copy(args)
         unlimited.max_length = None
@@ -236,13 +240,6 @@ class ThinkFusionTrainer(SFTTrainer):
 
         return EpochSampler(order, lambda: int(self.state.epoch or 0))
 
-    def _run_epoch(self, *args, **kwargs):
-        # Resumed where it had ended inside an epoch, transformers 5.23 would train one step more.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
     # -- what is seen of each mode -----------------------------------------------------------------------------------
     def _prepare_context_parallel_inputs(self, model, inputs):
         context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
@@ -275,7 +272,8 @@ class ThinkFusionTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         phase = "train" if self.model.training else "eval"
-        prefix = "eval_" if phase == "eval" else ""
+        # Of several datasets each has its own: eval_NAME_loss.
+        prefix = next((name.removesuffix("loss") for name in logs if name.endswith("_loss")), "eval_") if phase == "eval" else ""
         sums = self._mode_sums[phase]
         tokens = {"thinking": sums[0, 1].item(), "non_thinking": sums[1, 1].item()}
         for row, mode in enumerate(tokens):

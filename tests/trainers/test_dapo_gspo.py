@@ -206,6 +206,7 @@ def test_the_defaults_alone_are_a_valid_config(tmp_path):
         ({"per_device_train_batch_size": GENERATIONS}, "4 rows does not split into instructions of 8"),
         ({"save_strategy": "steps", "save_steps": 3, "num_iterations": 2}, "use a multiple of 2"),
         ({"save_strategy": "steps", "save_steps": 0.5, "num_iterations": 2}, "save_steps=0.5 is a share .* multiple of 2"),
+        ({"save_strategy": "steps", "save_steps": 2, "num_iterations": 2, "max_steps": 3}, "max_steps=3 .* multiple of 2"),
         ({"save_strategy": "steps", "save_steps": 6, "steps_per_generation": 4}, "use a multiple of 4"),
     ],
 )
@@ -388,6 +389,17 @@ def test_evaluation_measures_both_modes_without_resampling(tokenizer, tmp_path):
     assert metrics["eval_sampling/rounds"] == 1 and metrics["eval_sampling/dead_groups"] == 0
 
 
+def test_how_an_evaluation_is_cut_into_batches_does_not_matter(tokenizer, tmp_path):
+    """Batches of three groups hold two of one mode and one of the other."""
+    measured = []
+    for rows in (24, 12):
+        more = {"max_steps": 1, "per_device_eval_batch_size": rows, "eval_dataset": Dataset.from_list(questions(3))}
+        trainer = train(tokenizer, tmp_path, mixed, questions(8), **more)
+        for metrics in (trainer.evaluate(), trainer.evaluate()):
+            measured.append({name: value for name, value in metrics.items() if "thinking/" in name})
+    assert all(each == measured[0] for each in measured) and measured[0]["eval_thinking/accuracy"] == 0.5
+
+
 # -- real generation ----------------------------------------------------------------------------------------------------
 def odd_length(answer, row):
     return len(answer) % 2 == 1
@@ -427,6 +439,15 @@ def test_a_resumed_run_ends_bit_identical(tokenizer, tmp_path):
     assert straight.state.epoch == 2.0 and logs[-1]["sampling/rounds"] > 1 and all(log["grad_norm"] > 0 for log in logs)
     assert_same(weights(resumed), weights(straight), rtol=0, atol=0)
     assert without_times(resumed.state.log_history) == without_times(straight.state.log_history)
+
+
+def test_a_finished_run_trains_no_further(tokenizer, tmp_path):
+    """Killed behind its last checkpoint, while the model was saved, a run begins again with nothing left to do."""
+    settings = {"rows": 10, "save_strategy": "steps", "save_steps": 4}
+    finished = really(tokenizer, tmp_path, axk1(tokenizer), **settings)
+    again = really(tokenizer, tmp_path, axk1(tokenizer), resume=str(tmp_path / "checkpoint-4"), **settings)
+    assert again.state.global_step == 4
+    assert_same(weights(again), weights(finished), rtol=0, atol=0)
 
 
 def test_a_static_cache_samples_the_same(tokenizer, tmp_path):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from trainers.dynamic_sampling import Group, Rollout, fill_slots, groups_to_ask
+from trainers.dynamic_sampling import Group, Rollout, fill_slots, groups_to_ask, regroup, slim
 
 
 def group(thinking, rewards, alive=None, instruction=0):
@@ -41,3 +41,12 @@ def test_the_next_round_asks_what_the_keep_rate_calls_for():
     assert groups_to_ask(1, asked=16, kept=8, unit=6, most=24) == 6
     assert groups_to_ask(3, asked=16, kept=1, unit=2, most=16) == 16
     assert groups_to_ask(3, asked=16, kept=0, unit=2, most=16) == 16
+
+
+def test_answers_are_put_together_however_batches_cut_them():
+    right, wrong = [1.0, 0.0], [-1.0, 0.0]
+    first = group(True, [right, wrong])
+    cut = [group(True, [right]), group(False, [wrong], instruction=1), group(True, [wrong]), first]
+    (one, two) = regroup([slim(each) for each in cut], 2)
+    assert one.thinking and one.fate == "kept" and torch.equal(one.rewards_GF, first.rewards_GF)
+    assert not two.thinking and two.fate == "all_wrong" and list(two.rollouts[0].completion_ids) == [5]

@@ -4,9 +4,11 @@ import builtins
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM, count_flops, count_parameters
 from tests.folders import on_disk
+from trainers.adapters import lora_config
 from trainers.fp8 import enable_fp8
 
 pytest.importorskip("torchao", reason="the extra axk1[fp8] is not installed")
@@ -112,6 +114,24 @@ def test_what_does_not_fit_stays_out_by_name(capsys):
     shares = enable_fp8(model)
     assert shares["routed experts"] == 0 and model.config._experts_implementation == "axk1"
     assert "routed experts (64 x 24 is no multiple of 16)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_an_adapter_takes_no_part_in_the_share(wrapped):
+    model = nano()
+    adapted = get_peft_model(model, lora_config(model, ["attention"]))
+    assert enable_fp8(adapted if wrapped else model, tokens=64, quiet=True) == enable_fp8(nano(), tokens=64, quiet=True)
+
+
+def test_experts_under_an_adapter_are_not_said_to_be_in_fp8(capsys, caplog):
+    before, after = nano(), nano()
+    adapted = get_peft_model(before, lora_config(before, ["routed"]))
+    assert enable_fp8(before)["routed experts"] == 0
+    assert "routed experts (an adapter's path has no FP8)" in capsys.readouterr().out
+    enable_fp8(after, quiet=True)
+    late = get_peft_model(after, lora_config(after, ["routed"]))
+    assert "Routed experts leave FP8 under an adapter" in caplog.text
+    torch.testing.assert_close(adapted(input_ids=rows()).logits, late(input_ids=rows()).logits, rtol=0, atol=0)
 
 
 def test_low_precision_weights_are_refused():

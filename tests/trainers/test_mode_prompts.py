@@ -1,5 +1,6 @@
 """Is every instruction asked in both modes, rendered to its control token, side by side, in an order that repeats?"""
 
+import json
 import logging
 
 import pytest
@@ -36,6 +37,31 @@ def test_a_template_without_modes_gets_the_token_appended_and_a_foreign_one_is_r
         render_prompt(tokenizer, ask("2"), False)
 
 
+TOOL = {"type": "function", "function": {"name": "add", "description": "two", "parameters": {}}}
+
+
+@pytest.mark.parametrize("written", [[TOOL], json.dumps([TOOL])], ids=["list", "JSON"])
+def test_tools_are_shown_by_the_chat_template_or_refused(tokenizer, written):
+    rows = [{"prompt": ask("2"), "tools": written}, {"prompt": ask("3"), "tools": None}]
+    paired = pair_modes(Dataset.from_list(rows), tokenizer, max_prompt_tokens=999)
+    shown = [tokenizer.decode(ids) for ids in paired["prompt_ids"]]
+    assert ['"name": "add"' in text for text in shown] == [True, True, False, False]
+    assert [text.endswith("<think>") for text in shown] == [True, False] * 2
+    with pytest.raises(ValueError, match="has tools, and it is a text"):
+        pair_modes(Dataset.from_list([{"prompt": "2", "tools": written}]), tokenizer, max_prompt_tokens=999)
+    blind = train_tokenizer([WORDS], 300)
+    blind.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(ValueError, match="the chat template leaves them out"):
+        pair_modes(Dataset.from_list(rows), blind, max_prompt_tokens=999)
+
+
+def test_a_tool_has_no_fields_of_anothers(tokenizer):
+    rows = [{"prompt": ask("2"), "tools": [{"name": "add", field: {field: 1}}]} for field in ("two", "three")]
+    paired = pair_modes(Dataset.from_list(rows), tokenizer, modes="thinking", max_prompt_tokens=999)
+    for row, ids in zip(rows, paired["prompt_ids"]):
+        assert json.dumps(row["tools"][0]) in tokenizer.decode(ids)
+
+
 def test_every_instruction_is_there_in_both_modes_side_by_side(tokenizer):
     paired = pair_modes(Dataset.from_list(questions(3)), tokenizer, max_prompt_tokens=99)
     assert paired["thinking"] == [True, False] * 3 and paired["instruction"] == [0, 0, 1, 1, 2, 2]
@@ -63,6 +89,8 @@ def test_long_prompts_are_left_out_in_both_modes_and_counted(tokenizer, caplog):
         ([{"prompt": "2", "chat_template_kwargs": {"enable_thinking": True}}], "give each instruction once"),
         ([{"prompt": "2", "thinking": True}], "column thinking"),
         ([{"prompt": "2"}, {"prompt": None}], "A prompt must be a text or a list of messages"),
+        ([{"prompt": ask("2"), "tools": "add, two"}], "tools holds 'add, two', no JSON .*; write the list of tools as JSON"),
+        ([{"prompt": "2", "completions": ["3"]}], "The column completions means something else to TRL; rename it"),
         ([{"prompt": 2}], "A prompt must be a text or a list of messages"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 import axk1
 from conversion import to_hf, to_megatron
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
+from tests.folders import full_disk
 from tests.random_models import tiny_chat_config
 from trainers.pretrain import PretrainTrainer
 from trainers.pretrain_run import PretrainArguments, build_model, run_pretrain
@@ -99,6 +101,19 @@ def test_sigterm_saves_says_so_and_the_same_command_goes_on(trained, files, tmp_
     ours, theirs = (load_file(out / "model.safetensors") for out in (tmp_path / "run", straight))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert resumed.packer.state() == truth.packer.state()
+
+
+def test_a_full_disk_at_the_end_is_one_line(trained, files, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained[1], tmp_path / "run")
+    save = PretrainTrainer.save_model
+
+    def without_room(self, folder):
+        with full_disk(10_000):
+            save(self, folder)
+
+    monkeypatch.setattr(PretrainTrainer, "save_model", without_room)
+    assert axk1.main(["pretrain", *settings(files, tmp_path / "run")]) == 2
+    assert "axk1: The model could not be written to" in (said := capsys.readouterr().err) and "make room" in said
 
 
 def test_what_was_trained_goes_to_megatron_and_back(trained, tmp_path):

@@ -8,11 +8,12 @@ import torch
 from datasets import load_dataset
 from safetensors.torch import load_file
 
+import axk1
 from conversion import merge_adapter
 from modeling_axk1 import AxK1ForCausalLM
 from modeling_axk1.quantization_axk1 import is_packed
 from recipes import think_fusion_sft
-from tests.folders import on_disk
+from tests.folders import full_disk, on_disk
 from tests.random_models import tiny_chat_config
 from tests.trainers.questions import ask
 from trainers import sft
@@ -69,6 +70,18 @@ def test_the_cpu_config_trains_resumes_and_shows(files, tmp_path, capsys, caplog
     assert resumed.state.global_step == 4
     again = on_disk(tmp_path / "killed")
     assert again.keys() == truth.keys() and all(torch.equal(again[name], truth[name]) for name in truth)
+
+
+def test_a_full_disk_at_the_end_is_one_line(files, tmp_path, capsys, monkeypatch):
+    save = sft.ThinkFusionTrainer.save_model
+
+    def without_room(self, folder):
+        with full_disk(10_000):
+            save(self, folder)
+
+    monkeypatch.setattr(sft.ThinkFusionTrainer, "save_model", without_room)
+    assert axk1.main(["sft", *settings(files, tmp_path, "--max_steps", "1", "--save_strategy", "no")]) == 2
+    assert "axk1: The model could not be written to" in (said := capsys.readouterr().err) and "make room" in said
 
 
 def test_lora_saves_an_adapter_leaves_the_model_and_resumes(files, tmp_path):

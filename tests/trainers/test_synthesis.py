@@ -140,6 +140,34 @@ def test_a_killed_run_goes_on_and_loses_nothing(tmp_path):
     assert len(asked) < 33
 
 
+def test_what_occurs_twice_is_asked_once(tmp_path):
+    requests = [Request(f"prompt {number % 2}", {}) for number in range(6)]
+    counts = synthesize(requests, lambda request: Reply("said", True), tmp_path / "made.jsonl", model="m")
+    assert counts["written"] == len(rows(tmp_path / "made.jsonl")) == 2 and counts["there already"] == 0
+
+
+@pytest.mark.parametrize("content", ['{"text": "mine"}\nand more', "[1]\n", "notes\nof mine", "notes"])
+def test_a_file_of_something_else_is_left_alone(tmp_path, content):
+    out = tmp_path / "notes.jsonl"
+    out.write_text(content)
+    with pytest.raises(ValueError, match="notes.jsonl holds lines that no synthesis wrote; name another file"):
+        synthesize([Request("prompt", {})], lambda request: Reply("said", True), out, model="m")
+    assert out.read_text() == content
+
+
+def test_a_thought_is_no_document(tmp_path, monkeypatch):
+    tokenizer = train_tokenizer(["user assistant one two three"], 300)
+    AxK1ForCausalLM(AxK1Config.preset("nano", vocab_size=len(tokenizer))).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    write = local_writer(str(tmp_path), max_tokens=20)
+    for said, document in (("<think>one</think>two<|im_end|>", "two"), ("three<|im_end|>", "three")):
+        ids = torch.tensor([tokenizer(said).input_ids])
+        monkeypatch.setattr(
+            AxK1ForCausalLM, "generate", lambda self, input_ids, ids=ids, **kw: torch.cat([input_ids, ids], dim=1)
+        )
+        assert write(Request("prompt", {})) == Reply(document, True)
+
+
 def test_a_model_in_this_process(tmp_path):
     tokenizer = train_tokenizer(["Write about this topic"], 300)
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from modeling_axk1 import AxK1Config, AxK1ForSequenceClassification
+from modeling_axk1 import AxK1Config, AxK1ForCausalLM, AxK1ForSequenceClassification
 from trainers.text_classifier import (
     calibration_error,
     evaluate,
@@ -138,6 +138,24 @@ def test_weights_of_another_shape_are_refused(tmp_path, trained):
     save_file({**arrays, "weight": arrays["weight"][:, :9].copy()}, tmp_path / "linear.safetensors")
     (tmp_path / "classifier.json").write_text((trained[0] / "classifier.json").read_text())
     with pytest.raises(ValueError, match="train it again"):
+        load_classifier(tmp_path)
+
+
+def test_what_is_damaged_is_named(tmp_path, trained):
+    weights, card = tmp_path / "linear.safetensors", tmp_path / "classifier.json"
+    weights.write_bytes((trained[0] / "linear.safetensors").read_bytes()[:1000])
+    card.write_text((trained[0] / "classifier.json").read_text())
+    with pytest.raises(ValueError, match="linear.safetensors is damaged"):
+        load_classifier(tmp_path)
+    for content in ('{"kind"', "[1]", '{"labels": ["a", "b"]}'):
+        card.write_text(content)
+        with pytest.raises(ValueError, match="classifier.json is damaged"):
+            load_classifier(tmp_path)
+
+
+def test_a_model_without_trained_classes_is_refused(tmp_path):
+    AxK1ForCausalLM(AxK1Config.preset("nano", num_hidden_layers=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no score.weight, so it is no trained classifier; train one with --base"):
         load_classifier(tmp_path)
 
 

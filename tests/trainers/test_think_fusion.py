@@ -11,8 +11,10 @@ from torch.utils.data import BatchSampler
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from modeling_axk1 import AxK1Config, AxK1ForCausalLM
+from tests.folders import full_disk
 from tests.trainers.questions import ask
 from trainers import think_fusion
+from trainers.launching import find_checkpoint
 from trainers.mode_overlap import make_row
 from trainers.think_fusion import (
     NO_MODE,
@@ -131,6 +133,22 @@ def test_evaluation_logs_both_modes(tokenizer, tmp_path):
     share = logged["eval_thinking_token_share"]
     together = share * logged["eval_loss_thinking"] + (1 - share) * logged["eval_loss_non_thinking"]
     assert together == pytest.approx(logged["eval_loss"], rel=1e-4)
+
+
+def test_each_of_several_evaluation_sets_has_its_own_losses(tokenizer, tmp_path):
+    trainer = trainer_of(llama(), tokenizer, tmp_path)
+    whole, half = Dataset.from_list(ROWS), Dataset.from_list(ROWS[:2])
+    alone = [
+        ThinkFusionTrainer(llama(), trainer.args, processing_class=tokenizer, train_dataset=whole, eval_dataset=each).evaluate()
+        for each in (whole, half)
+    ]
+    both = ThinkFusionTrainer(
+        llama(), trainer.args, processing_class=tokenizer, train_dataset=whole, eval_dataset={"a": whole, "b": half}
+    )
+    found = both.evaluate()
+    for name, truth in zip("ab", alone):
+        for measure in ("loss_thinking", "loss_non_thinking", "thinking_token_share"):
+            assert found[f"eval_{name}_{measure}"] == truth[f"eval_{measure}"]
 
 
 def test_a_model_of_a_balance_loss_trains_without_it_which_is_said(tokenizer, tmp_path, caplog):
@@ -317,6 +335,36 @@ def test_a_finished_training_trains_no_further(tokenizer, tmp_path):
     assert all(torch.equal(tensor, truth[name]) for name, tensor in again.model.state_dict().items())
 
 
+class Killed(BaseException):
+    """Nothing that a trainer would catch."""
+
+
+def test_a_checkpoint_half_written_over_anothers_is_not_taken_for_whole(tokenizer, tmp_path, monkeypatch):
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer_of(llama(), tokenizer, tmp_path, **settings).train()
+    anew = trainer_of(llama(), tokenizer, tmp_path, seed=1, **settings)
+    anew.args.resume_from_checkpoint = "latest"
+    assert find_checkpoint(anew.args) == str(tmp_path / "checkpoint-1")
+
+    def die(folder):
+        raise Killed
+
+    monkeypatch.setattr(anew, "_save_optimizer_and_scheduler", die)
+    with pytest.raises(Killed):
+        anew.train()
+    assert find_checkpoint(anew.args) is None
+
+
+@pytest.mark.parametrize("room", [0.5, 1.2], ids=["no weights", "no optimizer"])
+def test_a_full_disk_is_said(tokenizer, tmp_path, room):
+    model = llama()
+    room_bytes = int(room * sum(4 * parameter.numel() for parameter in model.parameters()))
+    trainer = trainer_of(model, tokenizer, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    with pytest.raises(OSError, match="The checkpoint of step 1 could not be written to .*where the disk is full, make room"):
+        with full_disk(room_bytes):
+            trainer.train()
+
+
 def test_overlong_prompts_leave_in_both_modes_and_are_counted(tokenizer, tmp_path):
     with pytest.warns(UserWarning, match=r"4 of 24 train rows are longer than max_length=45 .*4 prompts.*16 rows stay"):
         trainer = trainer_of(llama(), tokenizer, tmp_path, many_rows(), max_length=45)
@@ -332,10 +380,28 @@ def test_rows_without_a_mode_are_named(tokenizer, tmp_path):
         trainer_of(llama(), tokenizer, tmp_path, rows)
 
 
-@pytest.mark.parametrize("completion", [None, []])
-def test_rows_without_a_completion_are_named(tokenizer, tmp_path, completion):
-    with pytest.raises(ValueError, match="1 of 3 train rows, e.g. row 2, have no completion"):
-        trainer_of(llama(), tokenizer, tmp_path, [*ROWS[:2], ROWS[0] | {"completion": completion}])
+@pytest.mark.parametrize("missing", [None, []])
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_rows_without_a_prompt_or_a_completion_are_named(tokenizer, tmp_path, column, missing):
+    with pytest.raises(ValueError, match=f"1 of 3 train rows, e.g. row 2, have no {column}"):
+        trainer_of(llama(), tokenizer, tmp_path, [*ROWS[:2], ROWS[0] | {column: missing}])
+
+
+def test_a_dataset_without_rows_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="The train dataset has no rows"):
+        trainer_of(llama(), tokenizer, tmp_path, [])
+    args = trainer_of(llama(), tokenizer, tmp_path).args
+    rows = Dataset.from_list(ROWS)
+    with pytest.raises(ValueError, match="The eval dataset has no rows"):
+        ThinkFusionTrainer(
+            llama(), args, processing_class=tokenizer, train_dataset=rows, eval_dataset=rows.select([])
+        )
+
+
+def test_rows_without_a_column_prompt_are_refused(tokenizer, tmp_path):
+    for rows in ([{"text": "two and two is four"}], [{"completion": row["completion"]} for row in ROWS]):
+        with pytest.raises(ValueError, match=f"The train rows have no column prompt, only {min(rows[0])}, which do not say"):
+            trainer_of(llama(), tokenizer, tmp_path, rows)
 
 
 def test_rows_of_prompts_alone_are_refused(tokenizer, tmp_path):
@@ -425,6 +491,19 @@ def test_thoughts_between_tool_calls_of_the_running_turn_stay(tokenizer, tmp_pat
     calls = [*ask("one"), {"role": "assistant", "content": "two</think>six"}, {"role": "tool", "content": "four"}]
     trainer = trainer_of(llama(), tokenizer, tmp_path, [make_row(calls, "six", "one")])
     assert "<think>two</think>six" in tokenizer.decode(trainer.train_dataset[0]["input_ids"])
+
+
+@pytest.mark.parametrize("spell", [list, json.dumps], ids=["list", "JSON"])
+def test_each_row_shows_its_own_tools(tokenizer, tmp_path, spell):
+    tools = [{"name": "add", "two": 1}, {"name": "add", "four": 1}]
+    rows = [row | {"tools": spell([tool])} for row, tool in zip(ROWS, [tools[0]] * 2 + [tools[1]] * 2)]
+    trainer = trainer_of(llama(), tokenizer, tmp_path, [*rows, make_row(ask("six"), "six") | {"tools": None}])
+    shown = [tokenizer.decode(ids) for ids in trainer.train_dataset["input_ids"]]
+    assert [[json.dumps(tool) in text for text in shown] for tool in tools] == [
+        [True, True, False, False, False],
+        [False, False, True, True, False],
+    ]
+    assert "# Tools" not in shown[4]
 
 
 def test_a_prompt_without_a_user_stays_as_it_is(tokenizer, tmp_path):
