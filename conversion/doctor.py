@@ -2,8 +2,8 @@
 
 What each engine wants was read in its source; the tables below are those facts.
   transformers 5.23: `models/axk1`, `conversion_mapping.py`; tests/conversion/test_doctor.py runs it on each defect.
-  vLLM, 2026, read and not run: `model_executor/models/AXK1.py`, `transformers_utils/configs/AXK1.py`,
-    `model_executor/model_loader/default_loader.py`.
+  vLLM, 2026, read; `make vllm` runs sound checkpoints on it: `model_executor/models/AXK1.py`,
+    `transformers_utils/configs/AXK1.py`, `model_executor/model_loader/default_loader.py`.
   SGLang: has no A.X K1 of its own (its issue 16230) and runs transformers' class: what stops that, stops it.
 No file of a checkpoint is executed; its chat template is rendered in transformers' sandbox.
 """

@@ -3,6 +3,7 @@
 import random
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers.models.axk1.configuration_axk1 import AXK1Config
 from transformers.models.axk1.modeling_axk1 import AXK1ForCausalLM
@@ -17,6 +18,15 @@ YARN = {
     "beta_fast": 32.0,
     "beta_slow": 1.0,
 }
+
+
+def adapt(model, config: LoraConfig) -> PeftModel:
+    """With an adapter that does something: PEFT begins B at zero."""
+    model = get_peft_model(model, config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def random_config(seed: int, **overrides) -> AxK1Config:

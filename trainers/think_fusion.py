@@ -243,11 +243,16 @@ class ThinkFusionTrainer(Resumable, SFTTrainer):
     # -- what is seen of each mode -----------------------------------------------------------------------------------
     def _prepare_context_parallel_inputs(self, model, inputs):
         context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
-        if "shift_labels" in inputs:
+        if self._are_cut(inputs):
             # Rows are whole here for the last time: in this context a rank has pieces, and a control token may be another's.
             modes_BS = mode_of_tokens(inputs["input_ids"], inputs["labels"], self.think_token_id, self.end_think_token_id)
             self._next_modes_BS = F.pad(modes_BS[:, 1:], (0, 1), value=NO_MODE)
         return context, inputs
+
+    def _are_cut(self, inputs: dict) -> bool:
+        """Whether accelerate cuts these rows over ranks, for which Trainer gives them labels shifted beforehand."""
+        parallel = self.accelerator.parallelism_config
+        return parallel is not None and parallel.cp_enabled and "shift_labels" in inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The parent keeps the per-token losses to itself: a hook is the way to them without a second forward pass or a
@@ -258,7 +263,7 @@ class ThinkFusionTrainer(Resumable, SFTTrainer):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             hook.remove()
-        if "shift_labels" in inputs:
+        if self._are_cut(inputs):
             labels_BT = inputs["shift_labels"]
             modes_BT = self._next_modes_BS.gather(1, inputs["position_ids"])
         else:

@@ -29,12 +29,16 @@ class StoredWeightsGeneration(VLLMGeneration):
 
     def _iter_stored(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of a checkpoint, a layer's stacked experts at most at a time."""
-        model = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        for name, tensor in chain(super()._iter_named_params(), self._iter_balancing_biases()):
-            yield from revert_weight_conversion(model, {name: tensor}).items()
+        adapted = is_peft_model(self.model)
+        model = self.model.get_base_model() if adapted else self.model
+        for name, tensor in chain(self._iter_balancing_biases(), super()._iter_named_params()):
+            for stored, part in revert_weight_conversion(model, {name: tensor}).items():
+                # vLLM keeps some until all are there, and by then the adapter is out of the weights again.
+                yield stored, part.clone() if adapted else part
 
     def _iter_balancing_biases(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers, which TRL leaves out; vLLM counts them among a router's weights, and takes all of those or none."""
         for name, buffer in self.model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                yield name.removeprefix("base_model.model."), buffer
+            if name.endswith("e_score_correction_bias") and "original_module" not in name:
+                name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+                yield self._fix_param_name_to_vllm(name, extra_prefixes=["modules_to_save.default."]), buffer
