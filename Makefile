@@ -18,7 +18,7 @@ test: $(INSTALLED)
 
 # vLLM itself on what is saved here: its CPU build, in an environment of its own, as it wants an older transformers. 3.4 GB.
 vllm: $(INSTALLED) $(VLLM)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm -v tests/interop
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm -v --numprocesses 2 tests/interop
 
 # Other libraries beside this one: transformers both ways, TRL, PEFT, accelerate, bitsandbytes, lm-eval, vLLM's rules.
 interop: $(INSTALLED)

@@ -20,7 +20,7 @@ TARGETS = {
     "demo": [["python", "-m", "recipes.nano_think_fusion", "--out", "runs/nano"]],
     "test": [[*PYTEST, "--numprocesses", "3", "--dist", "worksteal"]],
     "interop": [[*PYTEST, "-m", "interop and not vllm", "-v", "tests/interop"]],
-    "vllm": [[*PYTEST, "-m", "vllm", "-v", "tests/interop"]],
+    "vllm": [[*PYTEST, "-m", "vllm", "-v", "--numprocesses", "2", "tests/interop"]],
     "check": [["ruff", "check", "."], [*PYTEST, "-q", "tests/test_house.py"]],
     "docs": [["python", "-m", "mkdocs", "build", "--strict"]],
     "bench": [["python", str(path.relative_to(ROOT))] for path in sorted((ROOT / "benchmarks").glob("bench_*.py"))],
