@@ -289,7 +289,7 @@ class DapoGspoTrainer(Resumable, GRPOTrainer):
         )
         if self.use_vllm:
             # Imports vLLM, and needs TRL 1.16.
-            from .vllm_rollouts import StoredWeightsGeneration
+            from trainers.vllm_rollouts import StoredWeightsGeneration
 
             self.vllm_generation = StoredWeightsGeneration(self.vllm_generation)
         self.progress = ModeProgress()
