@@ -5,6 +5,8 @@ import json
 import threading
 from collections.abc import AsyncIterator, Iterator
 
+from serving.requests import is_call
+
 # As transformers' stream spells an error, unescaped; in JSON's strings the quotes are escaped.
 STREAM_ERROR = 'data: {"error": "'
 DONE = "data: [DONE]"
@@ -18,11 +20,6 @@ def take_any_call(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.response_template["fields"]["tool_calls"].setdefault("content_args", {})["allow_non_json"] = True
     return tokenizer
-
-
-def _is_call(value: object) -> bool:
-    function = value.get("function") if isinstance(value, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str) and "arguments" in function
 
 
 class AnswerParser:
@@ -51,7 +48,7 @@ class AnswerParser:
                 yield from self._answer(event.get("text", ""), ended=kind == "region_close")
             elif field == "tool_calls" and kind != "region_close":
                 self.call = self.call + event["text"] if kind == "region_chunk" else ""
-            elif field == "tool_calls" and not _is_call(event["value"]):
+            elif field == "tool_calls" and not is_call(event["value"]):
                 yield from self._answer(f"<tool_call>{self.call}{close}", ended=True)
             elif not self.stopped.is_set():
                 yield event

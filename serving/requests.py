@@ -72,7 +72,7 @@ def _message(where: str, message: object) -> dict:
     elif content is not None and not isinstance(content, str):
         raise ValueError(f"{where} has the content {content!r}; give a text.")
     calls = message.get("tool_calls") or []
-    if not isinstance(calls, list) or not all(map(_is_call, calls)):
+    if not isinstance(calls, list) or not all(map(is_call, calls)):
         raise ValueError(f"{where} has the tool_calls {calls!r}; give a list of functions with name and arguments.")
     thought = message.get("reasoning_content")
     if thought is not None and not isinstance(thought, str):
@@ -85,7 +85,7 @@ def _message(where: str, message: object) -> dict:
     return said | {"role": role, "content": text, "tool_calls": [_with_read_arguments(call) for call in calls]}
 
 
-def _is_call(call: object) -> bool:
+def is_call(call: object) -> bool:
     function = (call.get("function") or call) if isinstance(call, dict) else None
     return isinstance(function, dict) and isinstance(function.get("name"), str) and "arguments" in function
 
