@@ -21,12 +21,17 @@ YARN = {
 
 
 def adapt(model, config: LoraConfig) -> PeftModel:
-    """With an adapter that does something: PEFT begins B at zero."""
-    model = get_peft_model(model, config).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    """Under an adapter that changes its output, the same one however the experts are stored."""
+    tuned = get_peft_model(model, config)
+    randomise(tuned, 5)
+    return tuned.eval()
+
+
+def randomise(tuned: PeftModel, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(tuned.named_parameters()):
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.08, generator=generator)
 
 
 def random_config(seed: int, **overrides) -> AxK1Config:

@@ -65,6 +65,13 @@ ALONE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | ON_A_CPU | ALONE
 
 
+def run_there(script: str, model_or_asked: Path, out: Path, *more: str, **environment: str) -> None:
+    """Run a program of this folder by vLLM's Python, in the folder of what it writes."""
+    program = [VLLM / "python", Path(__file__).with_name(script), model_or_asked, out, *more]
+    ran = subprocess.run(program, env=ENVIRONMENT | environment, cwd=out.parent, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+
+
 # -- numbers --------------------------------------------------------------------------------------------------------
 CASES = {
     "noaux_tc": {"topk_method": "noaux_tc", "n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 1},
@@ -79,9 +86,7 @@ def test_vllm_answers_as_we_do(tmp_path, subtests):
     models = {case: saved(case, tmp_path / case) for case in CASES}
     asked, said = tmp_path / "asked.json", tmp_path / "said.json"
     asked.write_text(json.dumps([[path, adapter, PROMPTS] for path, adapter, _ in models.values()]))
-    program = [VLLM / "python", Path(__file__).with_name("vllm_says.py"), asked, said]
-    ran = subprocess.run(program, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    run_there("vllm_says.py", asked, said)
     for (case, (_, _, model)), answers in zip(models.items(), json.loads(said.read_text()), strict=True):
         with subtests.test(case):
             for prompt, answer in zip(PROMPTS, answers, strict=True):
@@ -220,10 +225,7 @@ def test_the_server_parts_thoughts_answers_and_calls(tmp_path, subtests):
 @pytest.mark.parametrize("dense, targets", [(0, ()), (2, ("attention", "dense"))], ids=["experts", "adapter"])
 def test_vllm_holds_the_policy_that_is_trained(dense, targets, tmp_path):
     learn(tmp_path / "model", first_k_dense_replace=dense)
-    program = [VLLM / "python", Path(__file__).with_name("vllm_trains.py"), tmp_path / "model", out := tmp_path / "out.json"]
-    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([*program, *targets], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    run_there("vllm_trains.py", tmp_path / "model", out := tmp_path / "out.json", *targets, PYTHONPATH=str(ROOT))
     said = json.loads(out.read_text())
     assert said["same"].pop("model.layers.0.self_attn.kv_b_proj.weight") and len(said["same"]) > 8
     assert [name for name, same in said["same"].items() if not same] == []

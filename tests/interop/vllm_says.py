@@ -31,10 +31,7 @@ def answers(folder: str, adapter: str | None, prompts: list[list[int]]) -> list[
 
 
 def main(asked: str, said: str) -> None:
-    found = []
-    for ask in json.loads(Path(asked).read_text()):
-        found.append(answers(*ask))
-    Path(said).write_text(json.dumps(found))
+    Path(said).write_text(json.dumps([answers(*ask) for ask in json.loads(Path(asked).read_text())]))
 
 
 if __name__ == "__main__":  # vLLM starts processes that read this file again

@@ -13,7 +13,7 @@ from transformers import AXK1ForCausalLM, BitsAndBytesConfig, Qwen3MoeConfig, Qw
 from modeling_axk1 import AxK1ForCausalLM
 from modeling_axk1.moe_lora import lora_experts_forward
 from modeling_axk1.quantization_axk1 import PackedExperts
-from tests.random_models import ours, padded_ids, random_config, stock_twin
+from tests.random_models import adapt, ours, padded_ids, random_config, randomise, stock_twin
 from tests.tolerances import CACHED_STEP, GRADIENT, PREFILL
 from trainers import adapters
 from trainers.adapters import group_experts, load_adapter, lora_config
@@ -24,17 +24,7 @@ def small(**overrides) -> AxK1ForCausalLM:
 
 
 def random_lora(model: nn.Module, **settings) -> PeftModel:
-    """The model under an adapter that changes its output, the same one however the experts are stored."""
-    tuned = get_peft_model(model, lora_config(model, r=4, **settings))
-    randomise(tuned, 5)
-    return tuned.eval()
-
-
-def randomise(tuned: PeftModel, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for _, parameter in sorted(tuned.named_parameters()):
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.08, generator=generator)
+    return adapt(model, lora_config(model, r=4, **settings))
 
 
 def logits(model: nn.Module) -> Tensor:
